@@ -1,0 +1,76 @@
+"""Writes a candidate as a GGUF file: the bank's blocks, gathered, nothing quantized again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from compression.candidate_model import CandidateModel
+from compression.checkpoint import Checkpoint
+from compression.files import atomic
+from compression.tokenizer import gguf_tokenizer
+from spaces.candidate import Candidate
+from spaces.errors import UserError
+from spaces.gguf_layout import ALIGNMENT, header
+from spaces.inventory import Inventory
+
+
+def with_tokenizer(checkpoint: Checkpoint) -> Inventory:
+    """The inventory with the tokenizer in its metadata: its sizes are then exact."""
+    inventory = checkpoint.inventory
+    values = gguf_tokenizer(checkpoint.path, inventory.vocabulary)
+    metadata = {k: v for k, v in inventory.metadata.items() if not k.endswith(".vocab_size")}
+    return replace(inventory, metadata=metadata | values, tokenizer_bytes=0)
+
+
+def tensor_data(model: CandidateModel, candidate: Candidate, name: str) -> np.ndarray:
+    """The bytes a candidate's file holds for a tensor: uint8 blocks, or float32 where not quantized."""
+    tensor = model.inventory.by_name[name]
+    experts = {m.layer: m.experts for m in candidate.layers}.get(-1 if tensor.layer is None else tensor.layer)
+    types = dict(candidate.types)
+    data = model.bank.blocks(tensor, types[name]) if tensor.quantizable else model.plain(name)
+    return data[list(experts)] if tensor.per_expert and experts is not None else data
+
+
+def export_gguf(
+    model: CandidateModel,
+    candidate: Candidate,
+    path: Path,
+    progress: Callable[[int], None] = lambda size: None,
+) -> int:
+    """Writes `candidate` to `path`; returns the file's size, which equals the predicted one.
+
+    Args:
+        model: Holds the bank; its inventory must carry the tokenizer.
+        candidate: A portable candidate.
+        path: Where the file goes; written to a temporary name first.
+        progress: Called with the bytes written so far.
+
+    Raises:
+        UserError: The candidate is ragged, which no llama.cpp loads.
+    """
+    if not candidate.portable:
+        raise UserError(
+            f"{path}: this candidate's expert counts or top-k differ by layer, which llama.cpp cannot "
+            "load; export a portable trial, or a folder instead of a .gguf file"
+        )
+    inventory = model.inventory
+    infos = inventory.infos(candidate.plan)
+    with atomic(path) as stream:
+        stream.write(header(inventory.plan_metadata(candidate.plan), infos))
+        for info in infos:
+            data = np.ascontiguousarray(tensor_data(model, candidate, info.name))
+            if data.nbytes != info.size:
+                raise RuntimeError(f"{info.name}: {data.nbytes} bytes where {info.size} were predicted")
+            stream.write(data.data)
+            stream.write(b"\0" * (-info.size % ALIGNMENT))
+            progress(stream.tell())
+        size = stream.tell()
+        if size != inventory.file_bytes(candidate.plan):
+            raise RuntimeError(
+                f"{path}: {size} bytes where {inventory.file_bytes(candidate.plan)} were predicted"
+            )
+    return size

@@ -1,0 +1,147 @@
+"""GGUF files run by llama.cpp in a child process, because ggml aborts the process on bad ones.
+
+The child is `evaluators.llama_child`. Nothing of llama.cpp is loaded here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spaces.errors import UserError
+
+_ROOT = Path(__file__).resolve().parents[1]
+EXPORT_AGAIN = "export it again; if it is whole, this llama.cpp does not take its architecture or metadata"
+
+
+@dataclass(frozen=True)
+class FileProbe:
+    """What a file that loads and generates was seen to do.
+
+    Attributes:
+        generated: Greedy continuation of the prompt, with an F32 KV cache.
+        model_bytes: Size of the tensors, without metadata and padding.
+        vocabulary: Token ids.
+        prompt_tokens_per_second: With llama.cpp's default settings; None where not measured.
+        generated_tokens_per_second: Likewise, one token at a time.
+    """
+
+    generated: tuple[int, ...]
+    model_bytes: int
+    vocabulary: int
+    prompt_tokens_per_second: float | None
+    generated_tokens_per_second: float | None
+
+
+def file_logits(
+    path: Path, windows: np.ndarray, out: Path, *, threads: int = 1, timeout: float = 600
+) -> np.memmap:
+    """Logits of a GGUF file, each window from an empty F32 KV cache, without weight repacking.
+
+    Args:
+        path: GGUF file.
+        windows: (n, length) token ids.
+        out: Where the (n, length, vocabulary) float32 logits go (.npy), whole or not at all.
+        threads: CPU threads.
+        timeout: Seconds the child may take.
+
+    Returns:
+        `out`, mapped read-only.
+
+    Raises:
+        UserError: The file or the windows are bad, or the child fails or takes too long.
+    """
+    if windows.ndim != 2 or not windows.size or not np.issubdtype(windows.dtype, np.integer):
+        raise UserError(f"{path}: windows must be (n, length) token ids, got {windows.dtype} {windows.shape}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `out`, so that the finished file only needs to be renamed.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        np.save(Path(folder) / "windows.npy", windows)
+        _run_child(Path(folder), path, {"job": "logits", "threads": threads}, timeout)
+        os.replace(Path(folder) / "logits.npy", out)
+    logits: np.memmap = np.load(out, mmap_mode="r")
+    return logits
+
+
+def probe_file(
+    path: Path,
+    prompt: Sequence[int],
+    *,
+    generate: int = 32,
+    speed: tuple[int, int] | None = None,
+    threads: int = 1,
+    timeout: float = 600,
+) -> FileProbe:
+    """Proves that a GGUF file loads and generates.
+
+    Args:
+        path: GGUF file.
+        prompt: Token ids to continue.
+        generate: Tokens to generate.
+        speed: (prompt, generated) token counts to measure the speed on.
+        threads: CPU threads.
+        timeout: Seconds the child may take.
+
+    Raises:
+        UserError: The file or the prompt is bad, or the child fails or takes too long.
+    """
+    request = {"job": "probe", "prompt": [int(t) for t in prompt], "generate": generate, "speed": speed}
+    with tempfile.TemporaryDirectory() as folder:
+        values = _run_child(Path(folder), path, {**request, "threads": threads}, timeout)
+    return FileProbe(**{**values, "generated": tuple(values["generated"])})
+
+
+def _run_child(folder: Path, path: Path, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """What the child answers to a request written into `folder`; its failures become UserErrors."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path, or export the file first")
+    file = folder.resolve() / "request.json"
+    file.write_text(json.dumps({**request, "path": str(path.resolve())}), "utf-8")
+    inherited = os.environ.get("PYTHONPATH")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), *([inherited] if inherited else [])]),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down a shared machine
+        "GGML_NO_BACKTRACE": "1",  # on an abort ggml would start a debugger
+    }
+    # -P: without it a folder in the current directory could stand in for this package.
+    command = [sys.executable, "-P", "-m", "evaluators.llama_child", str(file)]
+    try:
+        child = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"{path}: llama.cpp was not done after {timeout:g} s; allow more time or ask for fewer tokens"
+        ) from error
+    if child.returncode:
+        raise UserError(f"{path}: {_death(child.returncode, child.stderr.decode(errors='replace'))}")
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    if "error" in result:
+        raise UserError(f"{path}: {result['error']}")
+    values: dict[str, Any] = result["values"]
+    return values
+
+
+def _death(code: int, stderr: str) -> str:
+    """Why a child ended without a result, and what to do about it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = f" ({lines[-1]})" if lines else ""
+    if code > 0:
+        return f"the llama.cpp process failed{last}; check that moefit's dependencies are installed"
+    name = signal.Signals(-code).name
+    if -code == getattr(signal, "SIGKILL", None):
+        return (
+            f"llama.cpp was killed ({name}), as is usual when memory runs out; use a smaller file or window"
+        )
+    return f"llama.cpp died of {name}{last}; {EXPORT_AGAIN}"

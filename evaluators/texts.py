@@ -1,0 +1,127 @@
+"""Text to score on: documents, tokenized and cut into windows of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spaces.errors import UserError
+
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Windows of token ids with where they come from.
+
+    Attributes:
+        name: search, selection, report or calibration.
+        windows: (n, length) int32; the first m windows are a fair subset for every m.
+        sources: (n,) name of the source of each window.
+        bytes_per_token: UTF-8 bytes of the text over its tokens.
+    """
+
+    name: str
+    windows: np.ndarray
+    sources: tuple[str, ...]
+    bytes_per_token: float
+
+    @property
+    def digest(self) -> str:
+        """Names the windows: two sets with one digest have the same tokens."""
+        return hashlib.sha256(np.ascontiguousarray(self.windows).tobytes()).hexdigest()[:16]
+
+    def head(self, tokens: int) -> TextSet:
+        """The first windows that hold at least `tokens` tokens, or all."""
+        count = min(len(self.windows), -(-tokens // self.windows.shape[1]))
+        return TextSet(self.name, self.windows[:count], self.sources[:count], self.bytes_per_token)
+
+
+def read_documents(file: Path, option: str) -> list[tuple[str, str]]:
+    """(source, text) of a .jsonl file of {"source", "text"}, or of a text file split at form feeds.
+
+    A text file without form feeds is split into documents of about 4000 characters.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, not JSON lines, or holds no text.
+    """
+    try:
+        text = file.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+    if file.suffix == ".jsonl":
+        documents = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                item = json.loads(line)
+                documents.append((str(item.get("source", file.stem)), str(item["text"])))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f'{option} {file}: line {number} must be {{"text": ...}} ({error})'
+                ) from error
+    else:
+        parts = text.split("\f") if "\f" in text else _cut(text)
+        documents = [(file.stem, part.strip()) for part in parts if part.strip()]
+    if not documents:
+        raise UserError(f"{option} {file}: holds no text")
+    return documents
+
+
+def _cut(text: str, size: int = 4000) -> list[str]:
+    pieces, current = [], ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        current += paragraph + "\n\n"
+        if len(current) >= size:
+            pieces.append(current)
+            current = ""
+    return [*pieces, current]
+
+
+def make_windows(name: str, documents: list[tuple[str, str]], tokenizer: Any, tokens: int) -> TextSet:
+    """Cuts documents into windows, sources taking turns, about `tokens` tokens in all.
+
+    Raises:
+        UserError: Less text than one window.
+    """
+    streams: dict[str, list[int]] = {}
+    size = count = 0
+    end = tokenizer.eos_token_id
+    for source, text in documents:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        size, count = size + len(text.encode()), count + len(ids)
+        streams.setdefault(source, []).extend([*ids, *([end] if end is not None else [])])
+    queues = {
+        source: np.array(ids[: len(ids) // WINDOW * WINDOW], np.int32).reshape(-1, WINDOW)
+        for source, ids in streams.items()
+    }
+    rows: list[np.ndarray] = []
+    sources: list[str] = []
+    for turn in range(max((len(q) for q in queues.values()), default=0)):
+        for source, queue in queues.items():
+            if turn < len(queue) and len(rows) * WINDOW < tokens:
+                rows.append(queue[turn])
+                sources.append(source)
+    if not rows:
+        raise UserError(f"the {name} text must hold at least one window of {WINDOW} tokens, got {count}")
+    return TextSet(name, np.stack(rows), tuple(sources), size / count)
+
+
+def split_documents(
+    documents: list[tuple[str, str]], names: tuple[str, ...]
+) -> dict[str, list[tuple[str, str]]]:
+    """Deals documents to disjoint sets by the hash of their text."""
+    out: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
+    for source, text in documents:
+        digest = hashlib.md5(text.encode(), usedforsecurity=False).digest()
+        out[names[digest[0] % len(names)]].append((source, text))
+    return out

@@ -1,0 +1,228 @@
+"""The command line of `search.run`, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from search.sampler_names import SAMPLERS
+from spaces.budget import parse_size
+from spaces.devices import DEFAULT_DEVICE, DEVICES, Device, device
+from spaces.errors import UserError, unknown
+from spaces.inventory import published_targets
+from spaces.runtimes import RUNTIMES
+
+DEFAULT_TARGET = "deepseek-v3"
+DEFAULT_TASKS = ("local_cloze", "local_lastword", "bb_agreement")
+REFERENCE_MODEL = Path(__file__).resolve().parent.parent / "experiments/reference_model/checkpoint"
+SHIPPED_TEXTS = REFERENCE_MODEL.parent / "texts"
+_STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UserError`s, so that every bad option ends the same way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`search.run`'s options, parsed; sizes in bytes, paths absolute. See `--help` for each."""
+
+    budget: int
+    model: Path
+    target: str
+    device: Device
+    context: int
+    runtime: str
+    trials: int
+    workers: int
+    ray_address: str | None
+    sampler: str
+    tasks: tuple[str, ...]
+    tasks_path: Path | None
+    limit: int
+    text: Path | None
+    calibration: Path | None
+    seed: int
+    study: str
+    storage: str | None
+    tracking_uri: str | None
+    out: Path
+    export: bool
+    dry_run: bool
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m search.run",
+        description="Searches expert pruning, top-k and GGUF types together for the least damage that fits "
+        "a budget, and writes the winner as a quantized model. Run the same command again to go on.",
+    )
+    add = parser.add_argument
+    add(
+        "--budget",
+        required=True,
+        metavar="SIZE",
+        help="bytes the target's weights may take, as 103GB or 96GiB",
+    )
+    add(
+        "--model", type=Path, metavar="DIR", help="checkpoint folder to search (default: the reference model)"
+    )
+    add(
+        "--target",
+        metavar="NAME|DIR",
+        help=f"model the budget speaks of: {', '.join(published_targets())} or a "
+        f"folder with config.json (default: the model itself with --model, else {DEFAULT_TARGET})",
+    )
+    add(
+        "--device",
+        default=DEFAULT_DEVICE,
+        metavar="NAME",
+        help=f"one of {', '.join(DEVICES)} (default: %(default)s)",
+    )
+    add("--device-memory", metavar="SIZE", help="memory of the device, in place of its profile's")
+    add(
+        "--context",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens the KV cache is sized for (default: %(default)s)",
+    )
+    add(
+        "--runtime",
+        default="any",
+        metavar="NAME",
+        help="; ".join(f"{n}: {r.note}" for n, r in RUNTIMES.items()),
+    )
+    add(
+        "--trials",
+        type=int,
+        default=64,
+        metavar="N",
+        help="trials of the study, baselines included (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="Ray workers of one thread each; 0: this process, without Ray (default: %(default)s)",
+    )
+    add("--ray-address", metavar="ADDR", help="HOST:PORT of a Ray cluster to join, or auto")
+    add(
+        "--sampler",
+        default="knapsack",
+        metavar="NAME",
+        help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)",
+    )
+    add(
+        "--tasks",
+        default=",".join(DEFAULT_TASKS),
+        metavar="A,B",
+        help="lm-eval tasks of the winners, shipped or the hub's; 'none' for none (default: %(default)s)",
+    )
+    add("--tasks-path", type=Path, metavar="DIR", help="folder with more lm-eval task files")
+    add("--limit", type=int, default=100, metavar="N", help="items of each task (default: %(default)s)")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to search, select and report on, split into three disjoint "
+        "sets by document (.jsonl with a text field, or plain text; default: the shipped held-out texts)",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text for routing statistics and imatrix (default: shipped)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the sampler (default: %(default)s)")
+    add("--study", metavar="NAME", help="name of the study (default: made of model, target and budget)")
+    add(
+        "--storage",
+        metavar="URL",
+        help="Optuna storage: a database URL or a journal file (default: OUT/study.journal)",
+    )
+    add("--tracking-uri", metavar="URI", help="MLflow tracking server (default: sqlite in OUT)")
+    add("--out", type=Path, metavar="DIR", help="folder for everything the run writes (default: runs/STUDY)")
+    add("--no-export", action="store_true", help="do not write the winner as a model")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print inventory, budget and space, and stop before reading weights",
+    )
+    return parser  # fmt: skip
+
+
+def at_least(option: str, value: int, least: int) -> int:
+    """`value`, or a `UserError` that names the option."""
+    if value < least:
+        raise UserError(f"{option} must be at least {least}, got {value}")
+    return value
+
+
+def study_name(name: str) -> str:
+    """A study's name must be usable as a folder's."""
+    if not _STUDY.fullmatch(name):
+        raise UserError(
+            f"--study {name[:100]!r}: use letters, digits, dot, dash and underscore only (100 at most, "
+            "the first a letter or digit)"
+        )
+    return name
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Parses and checks `search.run`'s arguments.
+
+    Raises:
+        UserError: The first option that is wrong.
+    """
+    args = _parser().parse_args(arguments)
+    budget = parse_size(args.budget, "--budget")
+    profile = device(args.device)
+    if args.device_memory is not None:
+        memory = parse_size(args.device_memory, "--device-memory")
+        profile = Device(**{**vars(profile), "memory": memory})
+    if args.sampler not in SAMPLERS:
+        raise unknown("--sampler", args.sampler, SAMPLERS)
+    if args.runtime not in RUNTIMES:
+        raise unknown("--runtime", args.runtime, RUNTIMES)
+    tasks = () if args.tasks in ("", "none") else tuple(t.strip() for t in args.tasks.split(","))
+    model = args.model or REFERENCE_MODEL
+    target = args.target or (str(args.model) if args.model else DEFAULT_TARGET)
+    label = "reference" if args.model is None else args.model.resolve().name
+    goal = "" if args.target is None and args.model else f"-{Path(target).name}"
+    default_name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{label}{goal}-{args.budget}")[:100]
+    name = study_name(args.study or default_name)
+    if args.tasks_path is not None and not args.tasks_path.is_dir():
+        raise UserError(f"--tasks-path {args.tasks_path}: no such folder")
+    return Options(
+        budget=budget,
+        model=model,
+        target=target,
+        device=profile,
+        context=at_least("--context", args.context, 1),
+        runtime=args.runtime,
+        trials=at_least("--trials", args.trials, 1),
+        workers=at_least("--workers", args.workers, 0),
+        ray_address=args.ray_address,
+        sampler=args.sampler,
+        tasks=tasks,
+        tasks_path=args.tasks_path,
+        limit=at_least("--limit", args.limit, 1),
+        text=args.text,
+        calibration=args.calibration,
+        seed=at_least("--seed", args.seed, 0),
+        study=name,
+        storage=args.storage,
+        tracking_uri=args.tracking_uri,
+        out=(args.out or Path("runs") / name).resolve(),
+        export=not args.no_export,
+        dry_run=args.dry_run,
+    )

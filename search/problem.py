@@ -1,0 +1,67 @@
+"""What a study is about: the searched model, the target, the budget and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from spaces.architectures import open_inventory
+from spaces.budget import Budget, format_size
+from spaces.carry import Carry
+from spaces.devices import Device
+from spaces.errors import UserError
+from spaces.inventory import Inventory
+
+RESERVE = 8 * 10**9
+"""Bytes left to the operating system and the runtime."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Source inventory, target inventory, budget and device."""
+
+    source: Inventory
+    target: Inventory
+    budget: Budget
+    device: Device
+    context: int
+
+    @cached_property
+    def carry(self) -> Carry:
+        return Carry(self.source, self.target)
+
+    @property
+    def self_target(self) -> bool:
+        """Whether the model that is searched is the one the budget speaks of."""
+        return self.source is self.target
+
+
+def make_problem(
+    source: Inventory, model: Path, target: str, size: int, device: Device, context: int
+) -> Problem:
+    """Puts a problem together and refuses what cannot be.
+
+    Raises:
+        UserError: The target is unknown, the budget exceeds the model or the device.
+    """
+    same = Path(target).exists() and Path(target).resolve() == model.resolve()
+    goal = source if same else open_inventory(target)
+    whole = goal.file_bytes(goal.uniform_plan("BF16"))
+    if size > whole:
+        raise UserError(
+            f"--budget {format_size(size)} is above the whole model: {goal.name} takes {format_size(whole)} "
+            "in BF16, so nothing needs compressing; choose a smaller budget"
+        )
+    # A small model on a big device leaves the reserve to the device's own scale.
+    reserve = min(RESERVE, device.memory // 8)
+    budget = Budget(
+        weights=size,
+        device_memory=device.memory,
+        context=context,
+        kv_cache=goal.kv_cache_bytes(context),
+        compute_buffer=goal.compute_buffer_bytes(context),
+        reserve=reserve,
+    )
+    budget.check()
+    return Problem(source, goal, budget, device, context)

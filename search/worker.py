@@ -1,0 +1,232 @@
+"""One worker: a model in memory, and the jobs a study needs done on it.
+
+A worker reads what it needs from the study's cache folder, so that it can start
+anew after a crash and every worker of a node maps the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compression.files import atomic
+from evaluators.texts import TextSet
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a worker finds its inputs; plain values, so that it travels to any process.
+
+    Attributes:
+        checkpoint: Folder of the model.
+        cache: Folder of calibration, windows, base states and bank.
+        runtime: Name in `spaces.runtimes.RUNTIMES`.
+        tasks: lm-eval tasks, with the items of each (`limit`) and a user's task folder.
+        threads: Threads of torch.
+        exportable: Whether the tokenizer goes into the inventory's metadata.
+    """
+
+    checkpoint: str
+    cache: str
+    runtime: str = "any"
+    tasks: tuple[str, ...] = ()
+    limit: int = 100
+    tasks_path: str | None = None
+    threads: int = 1
+    exportable: bool = True
+
+
+def save_text(text: TextSet, folder: Path) -> None:
+    """Puts windows where workers find them."""
+    with atomic(folder / f"windows-{text.name}.npz") as stream:
+        np.savez(stream, windows=text.windows, sources=text.sources, bytes_per_token=text.bytes_per_token)
+
+
+def load_text(name: str, folder: Path) -> TextSet:
+    """Reads what `save_text` wrote."""
+    with np.load(folder / f"windows-{name}.npz", allow_pickle=False) as data:
+        sources = tuple(str(s) for s in data["sources"])
+        return TextSet(name, data["windows"], sources, float(data["bytes_per_token"]))
+
+
+class Worker:
+    """Runs jobs by name: every public method is one."""
+
+    def __init__(self, setup: Setup) -> None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+        self.setup = setup
+        self.cache = Path(setup.cache)
+        self._texts: dict[tuple[str, int], TextSet] = {}
+
+    @cached_property
+    def checkpoint(self) -> Any:
+        from compression.checkpoint import open_checkpoint
+
+        return open_checkpoint(Path(self.setup.checkpoint))
+
+    @cached_property
+    def family(self) -> Any:
+        from compression.families import family
+
+        return family(self.checkpoint.inventory)
+
+    @cached_property
+    def raw_model(self) -> Any:
+        from compression.checkpoint import load_model
+
+        return load_model(self.checkpoint)
+
+    @cached_property
+    def calibration(self) -> Any:
+        from compression.calibration import Calibration
+
+        return Calibration.load(self.cache / "calibration.npz")
+
+    @cached_property
+    def model(self) -> Any:
+        from compression.candidate_model import CandidateModel
+        from compression.gguf_export import with_tokenizer
+        from compression.variant_bank import VariantBank
+
+        inventory = with_tokenizer(self.checkpoint) if self.setup.exportable else self.checkpoint.inventory
+        bank = VariantBank(self.cache / "bank", self.calibration)
+        return CandidateModel(self.raw_model, inventory, self.family, bank)
+
+    @cached_property
+    def space(self) -> Any:
+        from compression.expert_pruning import rankings
+        from spaces.space import Space
+
+        inventory = self.checkpoint.inventory
+        return Space(inventory, rankings(self.calibration, inventory.moe_layers), self.setup.runtime)
+
+    @cached_property
+    def harness(self) -> Any:
+        from compression.checkpoint import load_tokenizer
+        from evaluators.harness import Harness
+        from evaluators.texts import WINDOW
+
+        return Harness(
+            load_tokenizer(self.checkpoint.path),
+            self.setup.tasks,
+            limit=self.setup.limit,
+            tasks_path=Path(self.setup.tasks_path) if self.setup.tasks_path else None,
+            max_length=WINDOW,
+        )
+
+    def _text(self, name: str, tokens: int) -> TextSet:
+        if (name, tokens) not in self._texts:
+            self._texts[name, tokens] = load_text(name, self.cache).head(tokens)
+        return self._texts[name, tokens]
+
+    def _states(self, name: str) -> np.ndarray:
+        states: np.ndarray = np.load(self.cache / f"base-{name}.npy", mmap_mode="r")
+        return states
+
+    def calibrate(self) -> int:
+        """Writes calibration.npz; returns the tokens it took."""
+        from compression.calibration import calibrate
+
+        text = load_text("calibration", self.cache)
+        result = calibrate(self.raw_model, self.checkpoint.inventory, self.family, text.windows, text.digest)
+        result.save(self.cache / "calibration.npz")
+        return result.tokens
+
+    def base_states(self, name: str) -> int:
+        """Writes the base model's states on a text; returns its tokens."""
+        from evaluators.divergence import base_states
+
+        text = load_text(name, self.cache)
+        self.model.reset()
+        base_states(self.model, text, self.cache / f"base-{name}.npy")
+        return int(text.windows.size)
+
+    def quantize(self, tensor: str, types: Sequence[str]) -> list[tuple[str, str, str, float]]:
+        """(tensor, type, key, error) of each type, added to the bank."""
+        spec = self.model.inventory.by_name[tensor]
+        weights = self.model.weights(tensor)
+        return [(tensor, t, *self.model.bank.add(spec, t, weights)) for t in types]
+
+    def register(self, keys: Sequence[tuple[str, str, str]]) -> None:
+        """Tells the worker under which key each (tensor, type) lies in the bank."""
+        for tensor, type_name, key in keys:
+            self.model.bank.register(tensor, type_name, key)
+
+    @cached_property
+    def _sensitivity(self) -> dict[int, Any]:
+        return {}
+
+    def cost(self, decision: str, choices: Sequence[Any], tokens: int) -> list[float]:
+        """KL of each choice of a decision alone, on the first `tokens` search tokens."""
+        from evaluators.sensitivity import Sensitivity
+
+        if tokens not in self._sensitivity:
+            self._sensitivity[tokens] = Sensitivity(self.model, self.space, self._text("search", tokens))
+        return [self._sensitivity[tokens].kl(decision, c) for c in choices]
+
+    def score(self, candidate: str, name: str, tokens: int, first: int = 0) -> dict[str, list[float]]:
+        """Per-window kl, nll and top1 of a candidate on windows from token `first` to `tokens` of a text."""
+        from evaluators.divergence import measure
+        from spaces.candidate import Candidate
+
+        text = self._text(name, tokens)
+        skip = -(-first // text.windows.shape[1])
+        rest = TextSet(name, text.windows[skip:], text.sources[skip:], text.bytes_per_token)
+        if not len(rest.windows):
+            return {"kl": [], "nll": [], "top1": []}
+        self.model.apply(Candidate.from_json(candidate))
+        result = measure(self.model, rest, self._states(name)[skip:])
+        return {"kl": result.kl.tolist(), "nll": result.nll.tolist(), "top1": result.top1.tolist()}
+
+    def tasks(self, candidate: str | None) -> dict[str, dict[str, Any]]:
+        """lm-eval scores of a candidate, or of the base model for None."""
+        from dataclasses import asdict
+
+        from spaces.candidate import Candidate
+
+        if candidate is None:
+            self.model.reset()
+        else:
+            self.model.apply(Candidate.from_json(candidate))
+        return {name: asdict(score) for name, score in self.harness.score(self.model.model).items()}
+
+    def export(self, candidate: str, path: str) -> int:
+        """Writes a candidate as a .gguf file, or as a folder; returns its bytes."""
+        from compression.checkpoint_export import export_checkpoint
+        from compression.gguf_export import export_gguf
+        from spaces.candidate import Candidate
+
+        chosen, out = Candidate.from_json(candidate), Path(path)
+        if out.suffix == ".gguf":
+            return export_gguf(self.model, chosen, out)
+        return export_checkpoint(self.model, chosen, self.checkpoint, out)
+
+    def peak_memory(self) -> int:
+        """Largest resident size of this process so far, bytes."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bank_index(folder: Path) -> dict[tuple[str, str], tuple[str, float]]:
+    """(tensor, type) -> (key, error) of variants quantized so far; empty if there are none."""
+    file = folder / "bank.json"
+    if not file.exists():
+        return {}
+    rows = json.loads(file.read_text("utf-8"))
+    return {(tensor, type_name): (key, error) for tensor, type_name, key, error in rows}
+
+
+def save_bank_index(folder: Path, index: Mapping[tuple[str, str], tuple[str, float]]) -> None:
+    """Writes what `bank_index` reads."""
+    rows = [[tensor, type_name, *value] for (tensor, type_name), value in sorted(index.items())]
+    with atomic(folder / "bank.json") as stream:
+        stream.write(json.dumps(rows).encode())

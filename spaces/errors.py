@@ -1,0 +1,27 @@
+"""The one exception a command turns into a single line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message names the file or option, the rule and a remedy, on one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a name that is not among `known`, with the nearest suggestion.
+
+    Args:
+        kind: What the name stands for, as a user would say it (`device`, `--sampler`).
+        name: What was given.
+        known: Every accepted name.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
