@@ -71,15 +71,15 @@ def _check_shard(file: Path) -> bytes:
     return header
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Describes the model in folder `path` without loading weights.
+def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
+    """Describes the model in folder `path`, called `name` or as the folder, without loading weights.
 
     Raises:
         UserError: The folder, config or a shard is missing or damaged, or the
             model is not an MoE family that is known.
     """
     config = read_config(path)
-    inventory = describe(config, path.resolve().name)
+    inventory = describe(config, name or path.resolve().name)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in _shards(path):
         digest.update(_check_shard(file))

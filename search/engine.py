@@ -20,7 +20,7 @@ from search import finals, pareto, stages
 from search.allocator import Allocator
 from search.baselines import baselines
 from search.console import Stages, comparison_table, console, front_table, problem_table
-from search.options import REFERENCE_MODEL, SHIPPED_TEXTS, Options
+from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.pool import Pool, make_pool, peak_memory
 from search.problem import Problem, make_problem
 from search.results import VERSION, trial_record, write_winner
@@ -52,7 +52,8 @@ class Search:
         """Reads headers only; every option that does not fit the model is refused here."""
         if options.model == REFERENCE_MODEL and not REFERENCE_MODEL.exists():
             raise UserError(f"{REFERENCE_MODEL}: the reference model is not installed; give --model DIR")
-        checkpoint = open_checkpoint(options.model)
+        name = REFERENCE_NAME if options.model == REFERENCE_MODEL else None
+        checkpoint = open_checkpoint(options.model, name)
         source = with_tokenizer(checkpoint) if options.export else checkpoint.inventory
         problem = make_problem(
             source, options.model, options.target, options.budget, options.device, options.context
@@ -113,8 +114,8 @@ class Search:
         study = open_study(o.study, storage, self.identity(texts))
         study.set_user_attr("settings", self._settings())
         setup = Setup(
-            str(self.checkpoint.path), str(self.cache), o.runtime, o.tasks, o.limit,
-            str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,
+            str(self.checkpoint.path), self.checkpoint.inventory.name, str(self.cache), o.runtime,
+            o.tasks, o.limit, str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,
         )  # fmt: skip
         pool = make_pool(setup, o.workers, o.ray_address)
         try:
@@ -135,7 +136,7 @@ class Search:
         """Options as plain values, for `search.export` to rebuild the search from."""
         o = self.options
         plain = {k: v for k, v in vars(o).items() if k != "device"}
-        plain |= {"device": vars(o.device)}
+        plain |= {"device": vars(o.device), "name": self.checkpoint.inventory.name}
         return json.loads(json.dumps(plain, default=str))
 
 
@@ -261,6 +262,9 @@ class _Running:
             },
         }  # fmt: skip
         result["tasks"] = self._tasks(won)
+        for record in records:
+            rows = result["tasks"].get(str(record["number"]), {})
+            record["scores"]["tasks"] = {task: row["value"] for task, row in rows.items()}
         result["export"] = self._export(won) if o.export else None
         result["stages"] = self.stages.taken
         title = f"{problem.source.name} for {problem.target.name} at {format_size(o.budget)}"
@@ -275,7 +279,14 @@ class _Running:
         self, trials: list[FrozenTrial], text: str, tokens: int, advance: Any
     ) -> dict[int, dict[str, Any]]:
         return finals.score_on(
-            self.pool, self.runner, trials, text, tokens, self.texts[text].bytes_per_token, advance
+            self.pool,
+            self.runner,
+            trials,
+            text,
+            tokens,
+            self.texts[text].bytes_per_token,
+            self.search.cache / "scores",
+            advance,
         )
 
     def _candidate(self, number: int) -> Any:

@@ -7,13 +7,16 @@ nothing was chosen on, and compared window by window.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from compression.files import write_text
 from search.pool import Job, Pool
 from search.study import TrialRunner, finished, window_scores
 from spaces.space import PORTABLE, RAGGED
@@ -45,20 +48,30 @@ def score_on(
     text: str,
     tokens: int,
     bytes_per_token: float,
+    cache: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, Any]]:
-    """Trial number to quality scores on a text, with the per-window KL under `windows_kl`."""
-    space = runner.allocator.space
-    jobs: list[Job] = [("score", (space.candidate(t.params).to_json(), text, tokens)) for t in trials]
-    done = 0
+    """Trial number to quality scores on a text, with the per-window KL under `windows_kl`.
 
-    def advance(i: int, result: Any) -> None:
+    Each score is kept in `cache`, where a run that was killed finds it again.
+    """
+    space = runner.allocator.space
+    files = {t.number: cache / f"{text}-{tokens}-{t.user_attrs['candidate']}.json" for t in trials}
+    missing = [t for t in trials if not files[t.number].exists()]
+    jobs: list[Job] = [("score", (space.candidate(t.params).to_json(), text, tokens)) for t in missing]
+    done = len(trials) - len(missing)
+    progress(done, len(trials))
+
+    def keep(i: int, columns: Any) -> None:
         nonlocal done
         done += 1
-        progress(done, len(jobs))
+        write_text(files[missing[i].number], json.dumps(columns))
+        progress(done, len(trials))
 
+    pool.run(jobs, keep)
     out = {}
-    for trial, columns in zip(trials, pool.run(jobs, advance), strict=True):
+    for trial in trials:
+        columns = json.loads(files[trial.number].read_text("utf-8"))
         scores: dict[str, Any] = dict(window_scores(columns, bytes_per_token, runner.window))
         out[trial.number] = scores | {"windows_kl": columns["kl"]}
     return out

@@ -19,6 +19,7 @@ from spaces.runtimes import RUNTIMES
 DEFAULT_TARGET = "deepseek-v3"
 DEFAULT_TASKS = ("local_cloze", "local_lastword", "bb_agreement")
 REFERENCE_MODEL = Path(__file__).resolve().parent.parent / "experiments/reference_model/checkpoint"
+REFERENCE_NAME = "moefit-reference"
 SHIPPED_TEXTS = REFERENCE_MODEL.parent / "texts"
 _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

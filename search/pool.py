@@ -81,14 +81,17 @@ class RayPool:
         setup: What every worker is made of.
         workers: Actors to start.
         address: A cluster to join; None starts one on this machine.
+        kind: Class of the workers; its methods are the jobs.
     """
 
-    def __init__(self, setup: Setup, workers: int, address: str | None = None) -> None:
+    def __init__(
+        self, setup: Setup, workers: int, address: str | None = None, kind: Callable[[Setup], Any] = Worker
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        self.setup, self.size, self._ray = setup, workers, ray
+        self.setup, self.size, self.kind, self._ray = setup, workers, kind, ray
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is not None:
             _check_reachable(address)
@@ -117,7 +120,7 @@ class RayPool:
         self._actors = [self._start() for _ in range(workers)]
 
     def _start(self) -> Any:
-        actor = self._ray.remote(num_cpus=1, max_restarts=0)(Worker).remote(self.setup)
+        actor = self._ray.remote(num_cpus=1, max_restarts=0)(self.kind).remote(self.setup)
         for method, args in self._broadcasts:
             getattr(actor, method).remote(*args)
         return actor

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_RELATIVE_DOUBT = 0.4  # of a measured cost, one standard deviation
-_ABSOLUTE_DOUBT = 0.02  # of the mean cost, for options that measured as nothing
-_COMMON_DOUBT = 0.3  # of the sum's scale
+_RELATIVE_DOUBT = 0.25  # of a measured cost, one standard deviation
+_ABSOLUTE_DOUBT = 2e-5  # nats, for options that measured as nothing
+_COMMON_DOUBT = 0.2  # of the sum's scale
 _MODEL_NOISE = 0.03  # of a trial's KL: what no linear model explains
 
 
@@ -33,7 +33,7 @@ class Posterior:
         self, costs: np.ndarray, columns: Sequence[Sequence[int]], observed: np.ndarray, noise: np.ndarray
     ) -> None:
         self.costs = costs
-        self.deviation = _RELATIVE_DOUBT * costs + _ABSOLUTE_DOUBT * costs.mean()
+        self.deviation = _RELATIVE_DOUBT * costs + _ABSOLUTE_DOUBT
         self.design = np.zeros((len(columns), len(costs)))
         for row, cols in enumerate(columns):
             self.design[row, list(cols)] += 1.0

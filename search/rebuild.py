@@ -56,7 +56,13 @@ class OpenStudy:
         if not (cache / "calibration.npz").exists() or not (cache / "bank.json").exists():
             raise UserError(f"{cache}: the study's calibration and bank are gone; run the search again")
         worker = Worker(
-            Setup(str(settings["model"]), str(cache), settings["runtime"], exportable=settings["export"])
+            Setup(
+                str(settings["model"]),
+                settings["name"],
+                str(cache),
+                settings["runtime"],
+                exportable=settings["export"],
+            )
         )
         worker.register([(n, t, key) for (n, t), (key, _) in bank_index(cache).items()])
         return cls(study, settings, worker)

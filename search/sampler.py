@@ -29,12 +29,27 @@ _RESAMPLES = 12
 _REDUCED_TOP_K = 0.25  # share of asks that explore fewer active experts
 
 
-def observed_kl(trial: FrozenTrial) -> tuple[float, float] | None:
-    """(KL, standard error) of a finished or early-stopped trial."""
-    scores = trial.user_attrs.get("scores")
-    if scores is None or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
-        return None
-    return float(scores["kl"]), float(scores["kl_se"])
+def observed(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, float, float]]:
+    """(trial, KL, standard error) of every finished or early-stopped trial.
+
+    An early-stopped trial saw only the first windows, which may be harder or
+    easier than the rest: its KL is scaled by what complete trials show of that.
+    """
+    scored = [t for t in trials if "scores" in t.user_attrs]
+    complete = [t for t in scored if t.state == TrialState.COMPLETE]
+    stopped = [t for t in scored if t.state == TrialState.PRUNED]
+    out = [(t, float(t.user_attrs["scores"]["kl"]), float(t.user_attrs["scores"]["kl_se"])) for t in complete]
+    if stopped:
+        first = len(stopped[0].user_attrs["windows"]["kl"])
+        ratios = [
+            t.user_attrs["scores"]["kl"] / max(float(np.mean(t.user_attrs["windows"]["kl"][:first])), 1e-12)
+            for t in complete
+        ]
+        factor = float(np.median(ratios)) if ratios else 1.0
+        for t in stopped:
+            scores = t.user_attrs["scores"]
+            out.append((t, factor * float(scores["kl"]), factor * float(scores["kl_se"])))
+    return out
 
 
 class KnapsackSampler(BaseSampler):
@@ -58,12 +73,11 @@ class KnapsackSampler(BaseSampler):
         """What the finished trials say of the costs."""
         model = self.allocator.model
         columns, kl, se = [], [], []
-        for trial in trials:
-            seen = observed_kl(trial)
-            if seen is not None and set(trial.params) >= set(self.allocator.space.distributions):
+        for trial, mean, error in observed(trials):
+            if set(trial.params) >= set(self.allocator.space.distributions):
                 columns.append(model.columns(trial.params))
-                kl.append(seen[0])
-                se.append(seen[1])
+                kl.append(mean)
+                se.append(error)
         return Posterior(model.costs, columns, np.array(kl), np.array(se))
 
     def sample_relative(

@@ -25,6 +25,7 @@ class Setup:
 
     Attributes:
         checkpoint: Folder of the model.
+        name: What the model is called in files.
         cache: Folder of calibration, windows, base states and bank.
         runtime: Name in `spaces.runtimes.RUNTIMES`.
         tasks: lm-eval tasks, with the items of each (`limit`) and a user's task folder.
@@ -33,6 +34,7 @@ class Setup:
     """
 
     checkpoint: str
+    name: str
     cache: str
     runtime: str = "any"
     tasks: tuple[str, ...] = ()
@@ -70,7 +72,7 @@ class Worker:
     def checkpoint(self) -> Any:
         from compression.checkpoint import open_checkpoint
 
-        return open_checkpoint(Path(self.setup.checkpoint))
+        return open_checkpoint(Path(self.setup.checkpoint), self.setup.name)
 
     @cached_property
     def family(self) -> Any:

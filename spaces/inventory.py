@@ -55,7 +55,7 @@ class Tensor:
     def bytes(self, type_name: str, experts: int | None = None) -> int:
         """Bytes of the data in type `type_name` with `experts` experts kept."""
         shape = self.kept_shape(experts)
-        return math.prod(shape[:-1]) * quant_type(type_name).row_bytes(self.row)
+        return math.prod(shape[:-1]) * quant_type(type_name).row_bytes(shape[-1])
 
 
 @dataclass(frozen=True)

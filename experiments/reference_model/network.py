@@ -227,8 +227,8 @@ class Network(nn.Module):
         )
         return loss
 
-    def to_checkpoint(self) -> dict[str, Tensor]:
-        """Weights under the names that DeepSeek-V3 checkpoints carry, one tensor per expert."""
+    def views(self) -> dict[str, Tensor]:
+        """The live weights under the names that DeepSeek-V3 checkpoints carry, one tensor per expert."""
         s = self.shape
         out = {
             "model.embed_tokens.weight": self.embedding.weight,
@@ -257,11 +257,21 @@ class Network(nn.Module):
                 out[f"{prefix}{name}_proj.weight"] = getattr(dense, name).weight
             if isinstance(mlp, Moe):
                 out[p + "mlp.gate.weight"] = mlp.router
-                out[p + "mlp.gate.e_score_correction_bias"] = mlp.bias.float()
+                out[p + "mlp.gate.e_score_correction_bias"] = mlp.bias
                 for e in range(s.experts):
                     for name in ("gate", "up", "down"):
                         out[f"{p}mlp.experts.{e}.{name}_proj.weight"] = getattr(mlp, name)[e]
-        return {k: v.detach().contiguous().clone() for k, v in out.items()}
+        return {k: v.detach() for k, v in out.items()}
+
+    def to_checkpoint(self) -> dict[str, Tensor]:
+        """A copy of the weights under a checkpoint's names."""
+        return {k: v.contiguous().clone() for k, v in self.views().items()}
+
+    @torch.no_grad()
+    def from_checkpoint(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the weights of a checkpoint of the same shape; `KeyError` if one is missing."""
+        for name, view in self.views().items():
+            view.copy_(tensors[name])
 
 
 def parameter_count(shape: Shape) -> int:

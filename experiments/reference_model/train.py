@@ -1,8 +1,9 @@
 """Trains the reference model: `python -m experiments.reference_model.train DATA CHECKPOINT`.
 
-Resumes from `DATA/state.pt`. The learning rate is constant, then falls linearly
-to zero over the last `--decay-tokens` of `--tokens`: stop a run, raise
-`--tokens`, and it goes on. Uses a GPU if there is one.
+Resumes from `DATA/state.pt`, or without it from the checkpoint's weights with a
+new optimizer. The learning rate is constant, then falls linearly to zero over
+the last `--decay-tokens` of `--tokens`: stop a run, raise `--tokens`, and it
+goes on. Uses a GPU if there is one.
 
 Balancing is only as strong as stability needs: an expert's selection bias moves
 (by `--bias-rate`, as in DeepSeek-V3) only while its load is outside
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from experiments.reference_model.network import Moe, Network, Shape, parameter_count
 from experiments.reference_model.optimizer import Optimizer
@@ -91,7 +92,11 @@ def parse() -> argparse.Namespace:
 
 def build(args: argparse.Namespace, rank: int, device: torch.device) -> tuple[Network, Optimizer]:
     """The network with bf16 weights, and the optimizer with masters taken before rounding."""
-    network = Network(Shape()).to(device)
+    network = Network(Shape())
+    weights = args.checkpoint / "model.safetensors"
+    if weights.exists():
+        network.from_checkpoint(load_file(weights))
+    network.to(device)
     optimizer = Optimizer(
         network,
         muon_rate=args.muon_rate,

@@ -1,0 +1,56 @@
+"""Workers on Ray: results in order, deaths survived, errors passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from search.pool import RayPool
+from search.worker import Setup
+from spaces.errors import UserError
+from tests.search.fake_workers import FakeWorker
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
+    setup = Setup("none", "none", str(tmp_path_factory.mktemp("marks")))
+    made = RayPool(setup, 2, kind=FakeWorker)
+    yield made
+    made.close()
+
+
+def test_results_come_in_the_order_of_the_jobs(pool: RayPool) -> None:
+    seen: list[int] = []
+    results = pool.run([("double", (i,)) for i in range(20)], lambda i, result: seen.append(i))
+    assert results == [2 * i for i in range(20)]
+    assert sorted(seen) == list(range(20))
+
+
+def test_a_worker_that_dies_costs_a_retry_and_no_result(pool: RayPool) -> None:
+    pool.broadcast("learn", "calibration")
+    results = pool.run([("die_once", (i,)) if i % 3 == 0 else ("double", (i,)) for i in range(9)])
+    assert results == [i if i % 3 == 0 else 2 * i for i in range(9)]
+    # Workers started in place of dead ones have been told what the dead ones knew.
+    assert pool.run([("knows", ())] * 4) == [["calibration"]] * 4
+
+
+def test_a_job_that_kills_every_worker_ends_in_one_line(pool: RayPool) -> None:
+    with pytest.raises(UserError, match="died 3 times") as caught:
+        pool.run([("die", ())])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_a_job_arrives_as_it_was_raised(pool: RayPool) -> None:
+    with pytest.raises(UserError, match="holds no text"):
+        pool.run([("refuse", ())])
+
+
+def test_the_pool_works_on_after_errors(pool: RayPool) -> None:
+    assert pool.run([("double", (21,))]) == [42]
+
+
+def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--ray-address"):
+        RayPool(Setup("none", "none", str(tmp_path)), 1, address="127.0.0.1:1", kind=FakeWorker)
