@@ -116,7 +116,7 @@ class Allocator:
                 types = {t.name: ladder(t.row)[i] for t, i in zip(tensors, found.choice, strict=True)}
                 best = (cost, kept, types, {layer: c for layer, (_, c) in chosen.items()})
         if best is None:
-            raise InfeasibleError(self.limit, smallest or self.smallest())
+            raise InfeasibleError(self.limit, smallest or 0)
         _, kept, types, criteria = best
         k = None if top_k is None else min(kept, next(iter(top_k.values())))
         return space.params(types, kept, criteria, k)

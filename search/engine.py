@@ -11,26 +11,26 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from compression.files import write_text
 from compression.gguf_export import with_tokenizer
 from evaluators.footprint import Footprint
 from evaluators.texts import WINDOW, TextSet
 from evaluators.throughput import Throughput
-from search import finals, pareto, stages
+from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
-from search.console import Stages, comparison_table, console, front_table, problem_table
+from search.console import Stages, console, problem_table
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
+from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
 from search.problem import Problem, make_problem
-from search.results import VERSION, trial_record, write_winner
-from search.sampler import KnapsackSampler, make_sampler
+from search.sampler import make_sampler
 from search.study import TrialRunner, finished, open_storage, open_study, recover
 from search.tracking import Tracker
 from search.worker import Setup, Worker
 from spaces.budget import format_size
+from spaces.candidate import Candidate
 from spaces.errors import UserError
-from spaces.space import PORTABLE, RAGGED, Space
+from spaces.space import Space
 
 
 @dataclass
@@ -88,11 +88,9 @@ class Search:
             self.checkpoint.inventory, {"reap": same, "mass": same, "paper": same}, self.options.runtime
         )
         target = self.problem.target
-        least = self.problem.carry.kept(space.kept_options[0])
-        smallest = target.file_bytes(target.uniform_plan("IQ1_S", least))
         console.print(
             f"space           10^{space.log10_size:.0f} configs in {len(space.distributions)} parameters; "
-            f"the target takes {format_size(smallest)} to "
+            f"the target takes {format_size(self.problem.smallest)} to "
             f"{format_size(target.file_bytes(target.uniform_plan('BF16')))}"
         )
 
@@ -119,7 +117,7 @@ class Search:
         )  # fmt: skip
         pool = make_pool(setup, o.workers, o.ray_address)
         try:
-            return _Running(self, study, pool, texts, setup).run()
+            return Running(self, study, pool, texts, setup).run()
         finally:
             pool.close()
 
@@ -141,7 +139,7 @@ class Search:
 
 
 @dataclass
-class _Running:
+class Running:
     """The stages of a run, with the pool they share."""
 
     search: Search
@@ -161,7 +159,6 @@ class _Running:
             model = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance)
         problem = self.search.problem
         self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)
-        self._check_feasible()
         self.study.sampler = make_sampler(o.sampler, self.allocator, o.seed)
         self.tracker = Tracker(self.study, o.tracking_uri, o.out, self._parameters())
         self.runner = TrialRunner(
@@ -171,7 +168,7 @@ class _Running:
             self.texts["search"].bytes_per_token, WINDOW,
         )  # fmt: skip
         self._trials()
-        return self._finish()
+        return finish(self)
 
     @cached_property
     def space(self) -> Space:
@@ -185,14 +182,6 @@ class _Running:
             "device": p.device.name, "context": o.context, "runtime": o.runtime,
             "sampler": o.sampler, "seed": o.seed, "trials": o.trials,
         }  # fmt: skip
-
-    def _check_feasible(self) -> None:
-        smallest, limit = self.allocator.smallest(), self.allocator.limit
-        if smallest > limit:
-            raise UserError(
-                f"--budget {format_size(limit)} is below the smallest possible config of "
-                f"{self.search.problem.target.name}, {format_size(smallest)}; raise --budget"
-            )
 
     def _trials(self) -> None:
         """Baselines first, then the sampler, up to --trials."""
@@ -219,164 +208,7 @@ class _Running:
             self.runner.on_trial = note
             self.runner.run(total)
 
-    def _finish(self) -> dict[str, Any]:
-        o, problem = self.search.options, self.search.problem
-        with self.stages.stage("finalists") as advance:
-            chosen = finals.finalists(self.runner)
-            candidates = [t for group in chosen.values() for t in group]
-            selection = self._score(candidates, "selection", stages.SELECTION_TOKENS, advance)
-            won = finals.winners(chosen, selection)
-            named = finals.baseline_trials(self.runner)
-            by_number = {t.number: t for t in [*candidates, *named.values()]}
-            compared = [by_number[n] for n in by_number if n in won.values() or n in
-                        {t.number for t in named.values()}]  # fmt: skip
-            self.study.set_user_attr("winners", won)
-            report = self._score(compared, "report", stages.REPORT_TOKENS, advance)
-        records = [
-            trial_record(t, self.space.candidate(t.params))
-            for t in sorted(finished(self.study), key=lambda t: t.number)
-        ]
-        complete = [r for r in records if r["state"] == "COMPLETE"]
-        points = [
-            (r["scores"]["kl"], r["scores"]["target_bytes"], r["scores"]["tokens_per_second"])
-            for r in complete
-        ]
-        front = [complete[i]["number"] for i in pareto.front(points)]
-        best = won[PORTABLE] if won[PORTABLE] is not None else won[RAGGED]
-        assert best is not None
-        result: dict[str, Any] = {
-            "version": VERSION, "study": o.study, "budget_bytes": o.budget, "target": problem.target.name,
-            "device": problem.device.name, "model": problem.source.name, "sampler": o.sampler, "seed": o.seed,
-            "trials": records, "front": front, "winners": won,
-            "baselines": {name: t.number for name, t in named.items()},
-            "finals": {
-                str(n): {
-                    k: {m: v for m, v in scores[n].items() if m != "windows_kl"}
-                    for k, scores in (("selection", selection), ("report", report)) if n in scores
-                } for n in by_number
-            },
-            "comparison": {
-                name: {"trial": t.number, "kl": report[t.number]["kl"],
-                       **finals.compare(report[best], report[t.number])}
-                for name, t in named.items()
-            },
-        }  # fmt: skip
-        result["tasks"] = self._tasks(won)
-        for record in records:
-            rows = result["tasks"].get(str(record["number"]), {})
-            record["scores"]["tasks"] = {task: row["value"] for task, row in rows.items()}
-        result["export"] = self._export(won) if o.export else None
-        result["stages"] = self.stages.taken
-        title = f"{problem.source.name} for {problem.target.name} at {format_size(o.budget)}"
-        pareto.write_html(complete, front, title, o.budget, o.out / "pareto.html")
-        pareto.write_png(complete, front, title, o.budget, o.out / "pareto.png")
-        write_text(o.out / "result.json", json.dumps(result, indent=1) + "\n")
-        self._track(result, report[best])
-        self._show(result, report, best, named)
-        return result
-
-    def _score(
-        self, trials: list[FrozenTrial], text: str, tokens: int, advance: Any
-    ) -> dict[int, dict[str, Any]]:
-        return finals.score_on(
-            self.pool,
-            self.runner,
-            trials,
-            text,
-            tokens,
-            self.texts[text].bytes_per_token,
-            self.search.cache / "scores",
-            advance,
-        )
-
-    def _candidate(self, number: int) -> Any:
+    def candidate(self, number: int) -> Candidate:
+        """The candidate of a finished trial."""
         trial = next(t for t in finished(self.study) if t.number == number)
         return self.space.candidate(trial.params)
-
-    def _tasks(self, won: dict[str, int | None]) -> dict[str, Any]:
-        """lm-eval of the base model and the winners."""
-        if not self.search.options.tasks:
-            return {}
-        numbers = [n for n in won.values() if n is not None]
-        with self.stages.stage("lm-eval") as advance:
-            jobs: list[Any] = [("tasks", (None,))]
-            jobs += [("tasks", (self._candidate(n).to_json(),)) for n in numbers]
-            done = [0]
-
-            def count(i: int, _: Any) -> None:
-                done[0] += 1
-                advance(done[0], len(jobs))
-
-            rows = self.pool.run(jobs, count)
-        names = ["base", *map(str, numbers)]
-        return {
-            name: {task: {k: v for k, v in s.items() if k != "correct"} for task, s in row.items()}
-            for name, row in zip(names, rows, strict=True)
-        }
-
-    def _export(self, won: dict[str, int | None]) -> dict[str, Any] | None:
-        """The best portable candidate as GGUF, the best ragged one as a folder, and proof of the former."""
-        from search.verify import verify_gguf
-
-        out = self.search.options.out / "winner"
-        with self.stages.stage("export") as advance:
-            exported: dict[str, Any] | None = None
-            if (number := won[RAGGED]) is not None:
-                ragged = self._candidate(number)
-                self.pool.run([("export", (ragged.to_json(), str(out / "ragged")))])
-            number = won[PORTABLE] if won[PORTABLE] is not None else won[RAGGED]
-            assert number is not None
-            candidate = self._candidate(number)
-            criteria = {
-                i: str(
-                    next(t for t in finished(self.study) if t.number == number).params[f"blk.{i}.criterion"]
-                )
-                for i in self.space.inventory.moe_layers
-            }
-            write_winner(candidate, criteria, self.search.problem.carry, out)
-            if won[PORTABLE] is not None:
-                path = out / "model.gguf"
-                size = self.pool.run([("export", (candidate.to_json(), str(path)))])[0]
-                predicted = self.search.problem.source.file_bytes(candidate.plan)
-                exported = {"path": str(path), "bytes": size, "predicted_bytes": predicted}
-                exported["llama_cpp"] = verify_gguf(
-                    path, self.pool, candidate, self.texts["report"], self.search.cache
-                )
-            advance(1, 1)
-        return exported
-
-    def _track(self, result: dict[str, Any], best: dict[str, Any]) -> None:
-        out = self.search.options.out
-        metrics = {"winner_report_kl_nats": best["kl"], "winner_report_perplexity": best["perplexity"]}
-        files = [out / "pareto.html", out / "pareto.png", out / "result.json"]
-        files += [f for f in (out / "winner").glob("*.json") if self.search.options.export]
-        self.tracker.finish(metrics, files)
-
-    def _show(
-        self, result: dict[str, Any], report: dict[int, Any], best: int, named: dict[str, FrozenTrial]
-    ) -> None:
-        from search.summary import show
-
-        by_number = {r["number"]: r for r in result["trials"]}
-        rows: list[tuple[str, dict[str, Any], dict[str, float]]] = [
-            (f"winner (trial {best})", {**by_number[best]["scores"], **report[best]}, {})
-        ]
-        ragged = result["winners"][RAGGED]
-        if ragged is not None and ragged != best:
-            scores = {**by_number[ragged]["scores"], **report[ragged]}
-            rows.append(
-                (f"best ragged (trial {ragged})", scores, finals.compare(report[best], report[ragged]))
-            )
-        for name, t in sorted(named.items(), key=lambda item: report[item[1].number]["kl"]):
-            scores = {**by_number[t.number]["scores"], **report[t.number]}
-            rows.append((name, scores, finals.compare(report[best], report[t.number])))
-        console.print(front_table(result["trials"], result["front"]))
-        console.print(comparison_table(rows))
-        predicted = [(r["predicted_kl"], r["scores"]["kl"]) for r in result["trials"]]
-        show(
-            result,
-            self.search.options,
-            self.tracker.uri,
-            predicted,
-            isinstance(self.study.sampler, KnapsackSampler),
-        )

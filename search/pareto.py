@@ -26,6 +26,15 @@ def front(points: Sequence[Point]) -> list[int]:
     return sorted(best, key=lambda i: (points[i], i))
 
 
+def front_of(records: Sequence[dict[str, Any]]) -> list[int]:
+    """Trial numbers on the front of result.json's complete trials, by ascending KL."""
+    complete = [r for r in records if r["state"] == "COMPLETE"]
+    points = [
+        (r["scores"]["kl"], r["scores"]["target_bytes"], r["scores"]["tokens_per_second"]) for r in complete
+    ]
+    return [complete[i]["number"] for i in front(points)]
+
+
 def kind_of(trial: dict[str, Any]) -> str:
     """baseline, portable or ragged."""
     if trial.get("baseline"):

@@ -12,6 +12,9 @@ from spaces.carry import Carry
 from spaces.devices import Device
 from spaces.errors import UserError
 from spaces.inventory import Inventory
+from spaces.plan import Plan
+from spaces.quant_types import ladder
+from spaces.space import Space
 
 RESERVE = 8 * 10**9
 """Bytes left to the operating system and the runtime."""
@@ -31,10 +34,16 @@ class Problem:
     def carry(self) -> Carry:
         return Carry(self.source, self.target)
 
-    @property
-    def self_target(self) -> bool:
-        """Whether the model that is searched is the one the budget speaks of."""
-        return self.source is self.target
+    @cached_property
+    def smallest(self) -> int:
+        """Target bytes of the smallest config: fewest experts, fewest bits."""
+        kept = Space(self.source, {}).kept_options[0]
+        plan = Plan(
+            kept=tuple((i, kept) for i in self.source.moe_layers),
+            top_k=tuple((i, self.source.top_k) for i in self.source.moe_layers),
+            types=tuple((t.name, min(ladder(t.row), key=t.bytes)) for t in self.source.quantizable),
+        )
+        return self.target.file_bytes(self.carry.plan(plan))
 
 
 def make_problem(
@@ -43,7 +52,8 @@ def make_problem(
     """Puts a problem together and refuses what cannot be.
 
     Raises:
-        UserError: The target is unknown, the budget exceeds the model or the device.
+        UserError: The target is unknown, or the budget is above the model or the device, or below
+            the smallest config.
     """
     same = Path(target).exists() and Path(target).resolve() == model.resolve()
     goal = source if same else open_inventory(target)
@@ -64,4 +74,10 @@ def make_problem(
         reserve=reserve,
     )
     budget.check()
-    return Problem(source, goal, budget, device, context)
+    problem = Problem(source, goal, budget, device, context)
+    if problem.smallest > budget.limit:
+        raise UserError(
+            f"--budget {format_size(size)} is below the smallest possible config of {goal.name}, "
+            f"{format_size(problem.smallest)}; raise --budget"
+        )
+    return problem

@@ -65,9 +65,9 @@ def test_values_are_those_of_the_gguf_package(type_name: str) -> None:
 def test_values_are_close_to_the_weights(type_name: str) -> None:
     weights = normal(2, 4, 256)
     values = ggml.dequantize(ggml.quantize(weights, type_name, importance(256)), type_name)
-    # Twice the distortion-rate bound of a Gaussian source, and what the scales' own precision leaves.
-    bound = 2 * 2.0 ** -quant_type(type_name).bits_per_weight
-    assert np.linalg.norm(values - weights) / np.linalg.norm(weights) < bound + 1e-3
+    error = float(np.linalg.norm(values - weights) / np.linalg.norm(weights))
+    # Three times the rate-distortion bound of a Gaussian source, and the rounding of BF16.
+    assert error < 3 * 2.0 ** -quant_type(type_name).bits_per_weight + 2e-3
 
 
 @pytest.mark.parametrize("type_name", ["BF16", "F32"])
@@ -191,28 +191,29 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr[-500:]
 
 
-@bug("ggml.quantize lets an imatrix through whose sums overflow float32: ggml aborts")
-@pytest.mark.parametrize("type_name", ["IQ3_S", "Q4_K"])
-def test_an_imatrix_too_large_for_sums_is_refused(type_name: str) -> None:
-    done = child(f"""
-try:
-    y = ggml.dequantize(ggml.quantize(np.ones((1, 256)), "{type_name}", np.full(256, 1e38)), "{type_name}")
-    print("finite" if np.isfinite(y).all() else "not finite")
-except ValueError:
-    print("refused")
-""")
-    assert done.stdout in ("refused\n", "finite\n")
+@bug("ggml.quantize lets an imatrix through whose sums overflow float32: NaN blocks, IQ types abort")
+def test_an_imatrix_too_large_for_sums_is_refused() -> None:
+    with pytest.raises(ValueError, match="imatrix"):
+        ggml.quantize(normal(1, 256), "Q4_K", np.full(256, 1e38))
 
 
-@bug("types that hold no quantized weights abort ggml or raise TypeError and RuntimeError")
-@pytest.mark.parametrize("type_name", ["I8", "I32", "F64", "Q8_K", "Q8_1"])
-def test_types_that_are_not_for_weights_are_refused(type_name: str) -> None:
+NOT_FOR_WEIGHTS = ("I8", "I32", "F64", "Q8_K", "Q8_1")
+
+
+@bug("ggml.dequantize raises TypeError or RuntimeError for types that hold no weights")
+@pytest.mark.parametrize("type_name", NOT_FOR_WEIGHTS)
+def test_blocks_of_a_type_that_is_not_for_weights_are_refused(type_name: str) -> None:
+    with pytest.raises(ValueError, match=type_name):
+        ggml.dequantize(np.zeros((1, quant_type(type_name).row_bytes(256)), np.uint8), type_name)
+
+
+@bug("ggml.quantize aborts the process for types that hold no weights")
+def test_quantizing_to_a_type_that_is_not_for_weights_is_refused() -> None:
     done = child(f"""
-for call in (lambda: ggml.quantize(np.ones((1, 256)), "{type_name}"),
-             lambda: ggml.dequantize(np.zeros((1, quant_type("{type_name}").row_bytes(256)), np.uint8), "{type_name}")):
+for t in {NOT_FOR_WEIGHTS}:
     try:
-        call()
+        ggml.quantize(np.ones((1, 256)), t)
     except ValueError:
         print("refused")
 """)
-    assert done.stdout == "refused\nrefused\n"
+    assert done.stdout == "refused\n" * len(NOT_FOR_WEIGHTS), done.stderr[-500:]

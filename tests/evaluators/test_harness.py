@@ -48,10 +48,10 @@ def _harness(tokenizer: Any, tasks: list[str], limit: int = 10, **options: Any) 
 
 
 def _write_task(folder: Path, name: str, items: list[dict[str, Any]], **fields: str) -> None:
-    fields = {
-        "output_type": "multiple_choice", "doc_to_text": "ctx", "doc_to_choice": "endings",
-        "doc_to_target": "label", "metric_list": "[{metric: acc, aggregation: mean, higher_is_better: true}]",
-    } | fields  # fmt: skip
+    metric = "[{metric: acc, aggregation: mean, higher_is_better: true}]"
+    fields = {"doc_to_text": "ctx", "doc_to_target": "label", "metric_list": metric} | fields
+    if "output_type" not in fields:
+        fields |= {"output_type": "multiple_choice", "doc_to_choice": "endings"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
@@ -79,20 +79,16 @@ def test_shipped_tasks_load_and_fit_the_window(tokenizer: Any) -> None:
             assert np.bincount([item["label"] for item in items[:100]]).tolist() == [25] * 4
 
 
-def test_random_model_is_at_chance_reproducibly_and_quietly(
-    tokenizer: Any, model: Any, capfd: Any, caplog: Any
-) -> None:
+def test_random_model_is_at_chance_quietly(tokenizer: Any, model: Any, capfd: Any, caplog: Any) -> None:
     harness = _harness(tokenizer, ["local_cloze", "bb_hyperbaton", "local_lastword"], limit=40)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(5)
     model.train()
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    before = random.getstate()[1], np.random.get_state()[1].copy(), torch.get_rng_state()
     scores = harness.score(model)
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(torch.get_rng_state(), before[2])
+    after = random.getstate()[1], np.random.get_state()[1], torch.get_rng_state()
+    assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
     assert model.training
-    model.eval()
     assert (capfd.readouterr(), caplog.records) == (("", ""), [])
 
     torch.manual_seed(6)
@@ -132,12 +128,8 @@ def test_tasks_of_a_users_folder(tokenizer: Any, model: Any, tmp_path: Path, mon
     scores = _harness(tokenizer, ["short", "ppl"], limit=100, tasks_path=Path("mine")).score(model)
     assert scores["short"].correct == tuple(1 - label for label in labels)
     ppl = scores["ppl"]
-    assert (ppl.metric, ppl.value > 100, ppl.standard_error, ppl.correct) == (
-        "perplexity",
-        True,
-        math.inf,
-        (),
-    )
+    assert (ppl.metric, ppl.standard_error, ppl.correct) == ("perplexity", math.inf, ())
+    assert ppl.value > 100
     with pytest.raises(ValueError, match="paired"):
         paired_difference(scores["ppl"], scores["ppl"])
 

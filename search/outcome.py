@@ -1,0 +1,218 @@
+"""From finished trials to a finished folder: finalists, winners, result.json, the model, the pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial
+
+from compression.files import write_text
+from search import finals, pareto, stages
+from search.console import comparison_table, console, front_table
+from search.results import VERSION, trial_record, write_winner
+from search.sampler import KnapsackSampler
+from search.study import finished
+from search.summary import show
+from search.verify import verify_gguf
+from spaces.budget import format_size
+from spaces.space import PORTABLE, RAGGED
+
+if TYPE_CHECKING:
+    from search.engine import Running
+
+Rescored = dict[int, dict[str, Any]]
+"""Trial number to its scores on a text."""
+
+
+@dataclass
+class Verdict:
+    """What the finals decided.
+
+    Attributes:
+        chosen: Finalists and baselines by number.
+        named: Baseline name to trial.
+        won: Form to the winner's number, None where a form has no complete trial.
+        selection, report: Scores on the two texts.
+    """
+
+    chosen: dict[int, FrozenTrial]
+    named: dict[str, FrozenTrial]
+    won: dict[str, int | None]
+    selection: Rescored
+    report: Rescored
+
+    @property
+    def best(self) -> int:
+        """The portable winner, or the ragged one where nothing portable finished."""
+        number = self.won[PORTABLE] if self.won[PORTABLE] is not None else self.won[RAGGED]
+        assert number is not None
+        return number
+
+
+def finish(run: Running) -> dict[str, Any]:
+    """Does everything after the last trial; returns what result.json holds."""
+    options = run.search.options
+    verdict = _decide(run)
+    result = _result(run, verdict)
+    result["tasks"] = _tasks(run, verdict)
+    for record in result["trials"]:
+        row = result["tasks"].get(str(record["number"]), {})
+        record["scores"]["tasks"] = {task: score["value"] for task, score in row.items()}
+    result["export"] = _export(run, verdict) if options.export else None
+    result["stages"] = run.stages.taken
+    _draw(run, result)
+    write_text(options.out / "result.json", json.dumps(result, indent=1) + "\n")
+    _track(run, verdict)
+    _show(run, result, verdict)
+    return result
+
+
+def _decide(run: Running) -> Verdict:
+    """Selects on the selection text, then scores winners and baselines on the report text."""
+    with run.stages.stage("finalists") as advance:
+        groups = finals.finalists(run.runner)
+        candidates = [t for group in groups.values() for t in group]
+        selection = _score(run, candidates, "selection", stages.SELECTION_TOKENS, advance)
+        won = finals.winners(groups, selection)
+        run.study.set_user_attr("winners", won)
+        named = finals.baseline_trials(run.runner)
+        chosen = {t.number: t for t in [*candidates, *named.values()]}
+        compared = {*won.values(), *(t.number for t in named.values())}
+        trials = [t for n, t in chosen.items() if n in compared]
+        report = _score(run, trials, "report", stages.REPORT_TOKENS, advance)
+    return Verdict(chosen, named, won, selection, report)
+
+
+def _score(run: Running, trials: list[FrozenTrial], text: str, tokens: int, advance: Any) -> Rescored:
+    scores = run.search.cache / "scores"
+    rate = run.texts[text].bytes_per_token
+    return finals.score_on(run.pool, run.runner, trials, text, tokens, rate, scores, advance)
+
+
+def _result(run: Running, verdict: Verdict) -> dict[str, Any]:
+    """result.json but for tasks, export and stages."""
+    options, problem = run.search.options, run.search.problem
+    done = sorted(finished(run.study), key=lambda t: t.number)
+    records = [trial_record(t, run.space.candidate(t.params)) for t in done]
+    best = verdict.report[verdict.best]
+    return {
+        "version": VERSION,
+        "study": options.study,
+        "budget_bytes": options.budget,
+        "target": problem.target.name,
+        "device": problem.device.name,
+        "model": problem.source.name,
+        "sampler": options.sampler,
+        "seed": options.seed,
+        "trials": records,
+        "front": pareto.front_of(records),
+        "winners": verdict.won,
+        "baselines": {name: t.number for name, t in verdict.named.items()},
+        "finals": {
+            str(n): {"selection": _plain(verdict.selection, n), "report": _plain(verdict.report, n)}
+            for n in verdict.chosen
+        },
+        "comparison": {
+            name: {
+                "trial": t.number,
+                "kl": verdict.report[t.number]["kl"],
+                **finals.compare(best, verdict.report[t.number]),
+            }
+            for name, t in verdict.named.items()
+        },
+    }
+
+
+def _plain(scores: Rescored, number: int) -> dict[str, Any] | None:
+    """Scores without the per-window values; None where a text was not scored."""
+    if number not in scores:
+        return None
+    return {name: value for name, value in scores[number].items() if name != "windows_kl"}
+
+
+def _tasks(run: Running, verdict: Verdict) -> dict[str, Any]:
+    """lm-eval of the base model and the winners."""
+    if not run.search.options.tasks:
+        return {}
+    numbers = [n for n in verdict.won.values() if n is not None]
+    with run.stages.stage("lm-eval") as advance:
+        jobs: list[Any] = [("tasks", (None,))]
+        jobs += [("tasks", (run.candidate(n).to_json(),)) for n in numbers]
+        done = [0]
+
+        def count(i: int, _: Any) -> None:
+            done[0] += 1
+            advance(done[0], len(jobs))
+
+        rows = run.pool.run(jobs, count)
+    names = ["base", *map(str, numbers)]
+    return {
+        name: {task: {k: v for k, v in score.items() if k != "correct"} for task, score in row.items()}
+        for name, row in zip(names, rows, strict=True)
+    }
+
+
+def _export(run: Running, verdict: Verdict) -> dict[str, Any] | None:
+    """The portable winner as GGUF with proof of it, the ragged one as a folder, the target's recipe."""
+    out = run.search.options.out / "winner"
+    with run.stages.stage("export") as advance:
+        ragged, portable = verdict.won[RAGGED], verdict.won[PORTABLE]
+        if ragged is not None:
+            run.pool.run([("export", (run.candidate(ragged).to_json(), str(out / "ragged")))])
+        advance(1, 3)
+        candidate = run.candidate(verdict.best)
+        params = verdict.chosen[verdict.best].params
+        criteria = {i: str(params[f"blk.{i}.criterion"]) for i in run.space.inventory.moe_layers}
+        write_winner(candidate, criteria, run.search.problem.carry, out)
+        exported: dict[str, Any] | None = None
+        if portable is not None:
+            path = out / "model.gguf"
+            size = run.pool.run([("export", (candidate.to_json(), str(path)))])[0]
+            advance(2, 3)
+            predicted = run.search.problem.source.file_bytes(candidate.plan)
+            proof = verify_gguf(path, run.pool, candidate, run.texts["report"], run.search.cache)
+            exported = {"path": str(path), "bytes": size, "predicted_bytes": predicted, "llama_cpp": proof}
+        advance(3, 3)
+    return exported
+
+
+def _draw(run: Running, result: dict[str, Any]) -> None:
+    options = run.search.options
+    complete = [r for r in result["trials"] if r["state"] == "COMPLETE"]
+    title = f"{result['model']} for {result['target']} at {format_size(options.budget)}"
+    pareto.write_html(complete, result["front"], title, options.budget, options.out / "pareto.html")
+    pareto.write_png(complete, result["front"], title, options.budget, options.out / "pareto.png")
+
+
+def _track(run: Running, verdict: Verdict) -> None:
+    """Puts the outcome on the parent run of MLflow."""
+    options, best = run.search.options, verdict.report[verdict.best]
+    metrics = {"winner_report_kl_nats": best["kl"], "winner_report_perplexity": best["perplexity"]}
+    files = [options.out / name for name in ("pareto.html", "pareto.png", "result.json")]
+    if options.export:
+        files += [options.out / "winner" / name for name in ("candidate.json", "recipe.json")]
+    run.tracker.finish(metrics, files)
+
+
+def _show(run: Running, result: dict[str, Any], verdict: Verdict) -> None:
+    """The tables and the last lines."""
+    by_number = {r["number"]: r for r in result["trials"]}
+    best, report = verdict.best, verdict.report
+
+    def row(label: str, number: int) -> tuple[str, dict[str, Any], dict[str, float]]:
+        scores = {**by_number[number]["scores"], **report[number]}
+        return label, scores, finals.compare(report[best], report[number]) if number != best else {}
+
+    rows = [row(f"winner (trial {best})", best)]
+    ragged = verdict.won[RAGGED]
+    if ragged is not None and ragged != best:
+        rows.append(row(f"best ragged (trial {ragged})", ragged))
+    ordered = sorted(verdict.named.items(), key=lambda item: report[item[1].number]["kl"])
+    rows += [row(name, t.number) for name, t in ordered]
+    console.print(front_table(result["trials"], result["front"]))
+    console.print(comparison_table(rows))
+    predicted = [(r["predicted_kl"], r["scores"]["kl"]) for r in result["trials"]]
+    knapsack = isinstance(run.study.sampler, KnapsackSampler)
+    show(result, run.search.options, run.tracker.uri, predicted, knapsack)

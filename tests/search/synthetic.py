@@ -1,0 +1,114 @@
+"""Searches whose true costs are known, so that what they find can be judged without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial
+
+from search.allocator import Allocator
+from search.costs import CostModel, Option, probes
+from spaces.carry import Carry
+from spaces.inventory import Inventory
+from spaces.quant_types import QUANT_TYPES, ladder
+from spaces.space import Space
+from tests.spaces import tiny
+
+
+def errors(space: Space) -> dict[tuple[str, str], float]:
+    """A quantization error per tensor and type, as a bank would have measured it."""
+    return {
+        (t.name, kind): 0.0 if kind == "BF16" else 4.0 ** -QUANT_TYPES[kind].bits_per_weight
+        for t in space.inventory.quantizable
+        for kind in ladder(t.row)
+    }
+
+
+def measured(space: Space, seed: int = 0) -> dict[Option, float]:
+    """The cost of every option that is measured: what tensors and layers weigh is random."""
+    rng = np.random.default_rng(seed)
+    weights = {t.name: float(rng.lognormal()) for t in space.inventory.quantizable}
+    layers = {layer: float(rng.lognormal()) for layer in space.inventory.moe_layers}
+    badness = {"reap": 0.1, "mass": 0.12, "paper": 0.2}
+    damage, experts, out = errors(space), space.inventory.experts, {}
+    for decision, choice in probes(space):
+        if decision.endswith(".experts"):
+            kept, criterion = choice
+            cost = layers[int(decision.split(".")[1])] * badness[criterion] * (1 - kept / experts) ** 1.5
+        elif decision.endswith(".top_k"):
+            cost = 0.05 * (1 - choice / space.inventory.top_k)
+        else:
+            cost = weights[decision] * damage[decision, choice]
+        out[decision, choice] = cost
+    return out
+
+
+def cost_model(space: Space, seed: int = 0) -> CostModel:
+    return CostModel(space, measured(space, seed), errors(space))
+
+
+def full_size(space: Space, target: Inventory) -> int:
+    return target.file_bytes(target.uniform_plan("BF16"))
+
+
+def allocator(space: Space, fraction: float = 0.15, target: Inventory | None = None, seed: int = 0) -> Allocator:
+    """An allocator whose limit is `fraction` of the way from the smallest candidate to the whole model."""
+    model, carry = cost_model(space, seed), Carry(space.inventory, target or space.inventory)
+    smallest = Allocator(space, model, carry, 0).smallest()
+    limit = smallest + int(fraction * (full_size(space, carry.target) - smallest))
+    return Allocator(space, model, carry, limit)
+
+
+def target_bytes(allocator: Allocator, params: dict[str, Any]) -> int:
+    """Size of the target's file, by the inventory alone."""
+    plan = allocator.carry.plan(allocator.space.candidate(params).plan)
+    return allocator.carry.target.file_bytes(plan)
+
+
+def wrong_about(costs: np.ndarray, seed: int, spread: float = 0.6) -> np.ndarray:
+    """True costs where `costs` were measured."""
+    return costs * np.random.default_rng(seed).lognormal(0, spread, len(costs))
+
+
+class Game:
+    """A study whose trials are scored by true costs and told with noise.
+
+    Args:
+        sampler: What proposes.
+        allocator: Space and limit.
+        truth: One true cost per option of the allocator's cost model.
+    """
+
+    def __init__(self, sampler: BaseSampler, allocator: Allocator, truth: np.ndarray, noise: float = 0.02) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.allocator, self.truth, self.noise = allocator, truth, noise
+        self.rng = np.random.default_rng(0)
+        self.study = optuna.create_study(directions=["minimize", "minimize", "maximize"], sampler=sampler)
+
+    def true_kl(self, params: dict[str, Any]) -> float:
+        return float(self.truth[self.allocator.model.columns(params)].sum())
+
+    def play(self, trials: int, batch: int = 4) -> list[FrozenTrial]:
+        """Asks and tells in batches; returns all trials."""
+        for begun in range(0, trials, batch):
+            asked = [
+                self.study.ask(self.allocator.space.distributions) for _ in range(min(batch, trials - begun))
+            ]
+            for trial in asked:
+                self.tell(trial)
+        return self.study.get_trials(deepcopy=False)
+
+    def tell(self, trial: Trial) -> None:
+        kl = self.true_kl(trial.params) * (1 + self.noise * float(self.rng.standard_normal()))
+        size = target_bytes(self.allocator, trial.params)
+        trial.set_user_attr("scores", {"kl": kl, "kl_se": self.noise * abs(kl)})
+        trial.set_user_attr("windows", {"kl": [kl] * 4})
+        trial.set_constraint("bytes over budget", size / self.allocator.limit - 1)
+        self.study.tell(trial, [kl, size, 1e12 / size])
+
+
+def tiny_space(**changes: Any) -> Space:
+    return tiny.space(**changes)
