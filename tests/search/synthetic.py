@@ -54,7 +54,9 @@ def full_size(space: Space, target: Inventory) -> int:
     return target.file_bytes(target.uniform_plan("BF16"))
 
 
-def allocator(space: Space, fraction: float = 0.15, target: Inventory | None = None, seed: int = 0) -> Allocator:
+def allocator(
+    space: Space, fraction: float = 0.15, target: Inventory | None = None, seed: int = 0
+) -> Allocator:
     """An allocator whose limit is `fraction` of the way from the smallest candidate to the whole model."""
     model, carry = cost_model(space, seed), Carry(space.inventory, target or space.inventory)
     smallest = Allocator(space, model, carry, 0).smallest()
@@ -82,7 +84,9 @@ class Game:
         truth: One true cost per option of the allocator's cost model.
     """
 
-    def __init__(self, sampler: BaseSampler, allocator: Allocator, truth: np.ndarray, noise: float = 0.02) -> None:
+    def __init__(
+        self, sampler: BaseSampler, allocator: Allocator, truth: np.ndarray, noise: float = 0.02
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.allocator, self.truth, self.noise = allocator, truth, noise
         self.rng = np.random.default_rng(0)
@@ -108,7 +112,3 @@ class Game:
         trial.set_user_attr("windows", {"kl": [kl] * 4})
         trial.set_constraint("bytes over budget", size / self.allocator.limit - 1)
         self.study.tell(trial, [kl, size, 1e12 / size])
-
-
-def tiny_space(**changes: Any) -> Space:
-    return tiny.space(**changes)
