@@ -51,7 +51,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             size = worker.export(candidate.to_json(), str(path))
-            check = verify_gguf(path, pool, candidate, text, Path(folder))
+            check = verify_gguf(path, pool, candidate, text, Path(folder), int(text.windows.size))
         row = {
             "candidate": candidate.key,
             "kept": candidate.plan.kept[0][1],

@@ -22,6 +22,8 @@ from spaces.budget import format_size
 from spaces.inventory import Inventory
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=120)  # a log file has no width of its own
 
 
 class Stages:
@@ -88,7 +90,7 @@ def front_table(trials: Sequence[dict[str, Any]], chosen: Sequence[int], limit: 
     """The Pareto front, lowest KL first."""
     table = Table(title="Pareto front (KL of the searched model; bytes and tokens/s of the target)")
     for column in ("trial", "form", "kept", "top-k", "KL (nats)", "perplexity", "top-1", "GB", "tokens/s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     by_number = {t["number"]: t for t in trials}
     for number in chosen[:limit]:
         trial = by_number[number]
@@ -113,7 +115,7 @@ def comparison_table(rows: Sequence[tuple[str, dict[str, Any], dict[str, float]]
     """Winner against baselines on the report text."""
     table = Table(title="On the report text, which nothing was chosen on")
     for column in ("config", "KL (nats)", "perplexity", "top-1", "GB", "KL - winner's (95 %)"):
-        table.add_column(column, justify="left" if column == "config" else "right")
+        table.add_column(column, justify="left" if column == "config" else "right", no_wrap=True)
     for name, scores, difference in rows:
         delta = (
             f"+{difference['kl_difference']:.4f} ± {difference['kl_difference_95']:.4f}"

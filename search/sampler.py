@@ -26,6 +26,7 @@ from spaces.quant_types import ladder
 from spaces.space import PORTABLE
 
 _RESAMPLES = 12
+_NEAR = 0.25  # temperature of the careful half of the asks
 _REDUCED_TOP_K = 0.25  # share of asks that explore fewer active experts
 
 
@@ -89,10 +90,12 @@ class KnapsackSampler(BaseSampler):
         tried = {space.candidate(t.params).key for t in trials if set(t.params) >= set(search_space)}
         rng = np.random.default_rng((self.seed, trial.number))
         form = space.forms[int(rng.integers(len(space.forms)))]
+        # Half of the asks stay near what is known to be good, half roam.
+        temperature = _NEAR if rng.random() < 0.5 else 1.0
         params: dict[str, Any] = {}
         for attempt in range(_RESAMPLES):
             # Repeats mean the posterior is sure of itself: widen it until something new comes up.
-            costs = posterior.sample(rng, temperature=1.0 + 0.25 * attempt)
+            costs = posterior.sample(rng, temperature=temperature * (1 + 0.25 * attempt))
             params = self._solve(costs, form, self._top_k(rng))
             if space.candidate(params).key not in tried:
                 break

@@ -144,10 +144,12 @@ class TrialRunner:
         first = self.pool.run([("score", (c, "search", FIRST_TOKENS)) for c in texts])
         static = [{**self.footprint.evaluate(c), **self.throughput.evaluate(c)} for c in candidates]
         complete = [t for t in finished(self.study) if t.state == TrialState.COMPLETE]
+        # Each form has a winner of its own, so a trial is measured against its own form only.
+        rivals = [[t for t in complete if self._portable(t) == c.portable] for c in candidates]
         chosen = [
             i for i, trial in enumerate(trials)
             if "baseline" in trial.user_attrs
-            or self._promising(float(np.mean(first[i]["kl"])), static[i], complete)
+            or self._promising(float(np.mean(first[i]["kl"])), static[i], rivals[i])
         ]  # fmt: skip
         if not complete and not chosen:
             chosen = [min(range(len(trials)), key=lambda i: float(np.mean(first[i]["kl"])))]
@@ -156,6 +158,9 @@ class TrialRunner:
             first[i] = {name: [*first[i][name], *more[name]] for name in first[i]}
         for i, trial in enumerate(trials):
             self._tell(trial, candidates[i].key, first[i], static[i], complete=i in chosen)
+
+    def _portable(self, trial: FrozenTrial) -> bool:
+        return self.allocator.space.candidate(trial.params).portable
 
     def _promising(self, kl: float, static: dict[str, Any], complete: Sequence[FrozenTrial]) -> bool:
         """Whether no finished trial is as small and fast and clearly better on the same first windows."""

@@ -15,7 +15,9 @@ VERIFY_TOKENS = 4096
 _GENERATE = 24
 
 
-def verify_gguf(path: Path, pool: Pool, candidate: Candidate, text: TextSet, cache: Path) -> dict[str, Any]:
+def verify_gguf(
+    path: Path, pool: Pool, candidate: Candidate, text: TextSet, cache: Path, tokens: int = VERIFY_TOKENS
+) -> dict[str, Any]:
     """Scores a GGUF file in llama.cpp beside the evaluator on the first report windows.
 
     Returns:
@@ -27,7 +29,7 @@ def verify_gguf(path: Path, pool: Pool, candidate: Candidate, text: TextSet, cac
     """
     from evaluators.llama_cpp import file_logits, probe_file
 
-    head = text.head(VERIFY_TOKENS)
+    head = text.head(tokens)
     probe = probe_file(path, head.windows[0][:32].tolist(), generate=_GENERATE)
     logits = file_logits(path, head.windows, cache / "verify-logits.npy")
     nll = []
@@ -37,7 +39,7 @@ def verify_gguf(path: Path, pool: Pool, candidate: Candidate, text: TextSet, cac
         nll.append(log_z - x[np.arange(len(x)), window[1:]])
     del logits
     (cache / "verify-logits.npy").unlink(missing_ok=True)
-    own = pool.run([("score", (candidate.to_json(), "report", VERIFY_TOKENS))])[0]
+    own = pool.run([("score", (candidate.to_json(), "report", tokens))])[0]
     theirs, ours = float(np.exp(np.mean(nll))), float(np.exp(np.mean(own["nll"])))
     return {
         "perplexity": theirs,
