@@ -65,9 +65,9 @@ class Calibration:
                 about = json.loads(data["about"].tobytes())
                 imatrix = {k[8:]: data[k] for k in data.files if k.startswith("imatrix/")}
                 routing = {k[8:]: data[k] for k in data.files if k.startswith("routing/")}
+            return cls(imatrix, routing, int(about["tokens"]), str(about["text"]))
         except Exception as error:  # np.load raises many kinds on a damaged archive
             raise UserError(f"{path}: damaged calibration file; delete it to calibrate again") from error
-        return cls(imatrix, routing, about["tokens"], about["text"])
 
 
 class _Sums:

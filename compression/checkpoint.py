@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spaces.architectures import describe
-from spaces.errors import UserError
+from spaces.architectures import describe_folder
+from spaces.errors import MALFORMED, UserError
 from spaces.inventory import Inventory, read_config
 
 _MAX_HEADER = 100 * 2**20
@@ -39,9 +39,9 @@ def _shards(path: Path) -> list[Path]:
     else:
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            files = [path / name for name in names]
+        except MALFORMED as error:
             raise UserError(f"{index}: not a safetensors index ({error}); download it again") from error
-        files = [path / name for name in names]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: missing; the model's weights must be there as safetensors")
@@ -60,8 +60,11 @@ def _check_shard(file: Path) -> bytes:
     try:
         tensors: dict[str, Any] = json.loads(header)
         tensors.pop("__metadata__", None)
-        end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        ends = [t["data_offsets"][1] for t in tensors.values()]
+        if any(type(end) is not int for end in ends):
+            raise TypeError("offsets must be whole numbers")
+        end = max(ends, default=0)
+    except MALFORMED as error:
         raise UserError(f"{file}: its safetensors header is damaged; download it again") from error
     if size != 8 + length + end:
         raise UserError(
@@ -79,7 +82,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
             model is not an MoE family that is known.
     """
     config = read_config(path)
-    inventory = describe(config, name or path.resolve().name)
+    inventory = describe_folder(path, name)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in _shards(path):
         digest.update(_check_shard(file))
@@ -107,7 +110,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
             checkpoint.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # transformers and its validators raise many kinds
         raise UserError(f"{checkpoint.path}: cannot be loaded ({str(error)[:300]})") from error
     missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if missing:
@@ -124,5 +127,5 @@ def load_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"{path}: its tokenizer cannot be loaded ({str(error)[:200]})") from error

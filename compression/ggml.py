@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from spaces.quant_types import REQUIRES_IMATRIX, quant_type
+from spaces.quant_types import REQUIRES_IMATRIX, WEIGHT_TYPES, quant_type
 
 PACKAGE = "xllamacpp"
 # Scales are stored as fp16 and multiplied by up to 16: beyond this they overflow.
 _LARGEST = 3e4
+_LARGEST_SQUARE = 1e25
 
 
 class _Traits(ctypes.Structure):
@@ -63,6 +64,8 @@ def _library() -> ctypes.CDLL:
 def _traits(type_name: str) -> _Traits:
     """Traits of a type, checked against the sizes that `spaces` counts with."""
     kind = quant_type(type_name)
+    if type_name not in WEIGHT_TYPES:
+        raise ValueError(f"{type_name} is no type for weights")
     traits: _Traits = _library().ggml_get_type_traits(kind.id).contents
     if (traits.blck_size, traits.type_size) != (kind.block, kind.size):
         raise RuntimeError(f"{version()}: layout of {type_name} differs from the gguf package's")
@@ -93,6 +96,8 @@ def quantize(weights: np.ndarray, type_name: str, imatrix: np.ndarray | None = N
         imatrix = np.ascontiguousarray(imatrix, np.float32)
         if imatrix.shape != (row,) or not np.isfinite(imatrix).all() or (imatrix < 0).any():
             raise ValueError(f"imatrix must be {row} finite, non-negative numbers, got {imatrix.shape}")
+        if imatrix.max(initial=0.0) > _LARGEST_SQUARE:
+            raise ValueError(f"imatrix must be at most {_LARGEST_SQUARE:g}: its sums overflow float32")
     elif type_name in REQUIRES_IMATRIX:
         raise ValueError(f"{type_name} needs an imatrix")
     if type_name == "F32":

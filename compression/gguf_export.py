@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +16,34 @@ from compression.tokenizer import gguf_tokenizer
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 from spaces.gguf_layout import ALIGNMENT, header
-from spaces.inventory import Inventory
+from spaces.inventory import Inventory, read_config
 
 
 def with_tokenizer(checkpoint: Checkpoint) -> Inventory:
     """The inventory with the tokenizer in its metadata: its sizes are then exact."""
     inventory = checkpoint.inventory
+    _check_expressible(read_config(checkpoint.path), checkpoint.path)
     values = gguf_tokenizer(checkpoint.path, inventory.vocabulary)
     metadata = {k: v for k, v in inventory.metadata.items() if not k.endswith(".vocab_size")}
     return replace(inventory, metadata=metadata | values, tokenizer_bytes=0)
+
+
+def _check_expressible(config: dict[str, Any], path: Path) -> None:
+    """Refuses what llama.cpp's graph of the family would compute differently, without an error."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    odd = {
+        "rope_parameters": None if kind == "default" else kind,
+        "rope_interleave": None if config.get("rope_interleave", True) else False,
+        "hidden_act": None if config.get("hidden_act", "silu") == "silu" else config["hidden_act"],
+        "tie_word_embeddings": True if config.get("tie_word_embeddings") else None,
+    }
+    for field, value in odd.items():
+        if value is not None:
+            raise UserError(
+                f"{path / 'config.json'}: {field} = {value!r} cannot be written to GGUF yet: llama.cpp would "
+                "compute another function; use --no-export"
+            )
 
 
 def tensor_data(model: CandidateModel, candidate: Candidate, name: str) -> np.ndarray:

@@ -85,6 +85,10 @@ class CostModel:
                 for t in ladder(tensor.row)
                 if (tensor.name, t) in measured
             )
+            if not known:  # rows no quantized type takes stay as they are
+                for t in ladder(tensor.row):
+                    yield (tensor.name, t), 0.0
+                continue
             xs, ys = np.array([k[0] for k in known]), np.maximum.accumulate([k[1] for k in known])
             for t in ladder(tensor.row):
                 exact = measured.get((tensor.name, t))
@@ -142,7 +146,11 @@ def bits(params: Mapping[str, Any], space: Space) -> float:
     """Mean bits per stored weight of a set of parameters, pruned experts not counted."""
     total = weight = 0.0
     for tensor in space.inventory.quantizable:
-        kept = space.layer_choice(params, tensor.layer)[0] if tensor.per_expert and tensor.layer else None
+        kept = (
+            space.layer_choice(params, tensor.layer)[0]
+            if tensor.per_expert and tensor.layer is not None
+            else None
+        )
         size = float(np.prod(tensor.kept_shape(kept)))
         total += size * QUANT_TYPES[params[tensor.name]].bits_per_weight
         weight += size

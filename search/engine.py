@@ -185,7 +185,7 @@ class Running:
 
     def _trials(self) -> None:
         """Baselines first, then the sampler, up to --trials."""
-        recover(self.study)
+        recover(self.study, self.space.distributions)
         total = self.search.options.trials
         known = {t.user_attrs.get("baseline") for t in self.study.get_trials(deepcopy=False)}
         for name, params in baselines(self.allocator).items():

@@ -168,6 +168,13 @@ def at_least(option: str, value: int, least: int) -> int:
     return value
 
 
+def seed(value: int) -> int:
+    """A seed that every sampler takes."""
+    if not 0 <= value < 2**32:
+        raise UserError(f"--seed must be within 0..{2**32 - 1}, got {value}")
+    return value
+
+
 def study_name(name: str) -> str:
     """A study's name must be usable as a folder's."""
     if not _STUDY.fullmatch(name):
@@ -194,12 +201,12 @@ def parse(arguments: list[str] | None = None) -> Options:
         raise unknown("--sampler", args.sampler, SAMPLERS)
     if args.runtime not in RUNTIMES:
         raise unknown("--runtime", args.runtime, RUNTIMES)
-    tasks = () if args.tasks in ("", "none") else tuple(t.strip() for t in args.tasks.split(","))
+    tasks = () if args.tasks in ("", "none") else tuple(t.strip() for t in args.tasks.split(",") if t.strip())
     model = args.model or REFERENCE_MODEL
     target = args.target or (str(args.model) if args.model else DEFAULT_TARGET)
     label = "reference" if args.model is None else args.model.resolve().name
     goal = "" if args.target is None and args.model else f"-{Path(target).name}"
-    default_name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{label}{goal}-{args.budget}")[:100]
+    default_name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{label}{goal}-{args.budget}").lstrip("._-")[:100]
     name = study_name(args.study or default_name)
     if args.tasks_path is not None and not args.tasks_path.is_dir():
         raise UserError(f"--tasks-path {args.tasks_path}: no such folder")
@@ -219,7 +226,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         limit=at_least("--limit", args.limit, 1),
         text=args.text,
         calibration=args.calibration,
-        seed=at_least("--seed", args.seed, 0),
+        seed=seed(args.seed),
         study=name,
         storage=args.storage,
         tracking_uri=args.tracking_uri,

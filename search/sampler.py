@@ -53,6 +53,15 @@ def observed(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, float, fl
     return out
 
 
+def _fit(allocator: Allocator, costs: np.ndarray, form: str, top_k: dict[int, int] | None) -> dict[str, Any]:
+    """The best of a form, or of the other one at a budget that only the other one meets."""
+    try:
+        return allocator.best(costs, form, top_k)
+    except InfeasibleError:
+        other = next((f for f in allocator.space.forms if f != form), PORTABLE)
+        return allocator.best(costs, other, top_k)
+
+
 class KnapsackSampler(BaseSampler):
     """Bayesian knapsack with Thompson sampling.
 
@@ -96,18 +105,10 @@ class KnapsackSampler(BaseSampler):
         for attempt in range(_RESAMPLES):
             # Repeats mean the posterior is sure of itself: widen it until something new comes up.
             costs = posterior.sample(rng, temperature=temperature * (1 + 0.25 * attempt))
-            params = self._solve(costs, form, self._top_k(rng))
+            params = _fit(self.allocator, costs, form, self._top_k(rng))
             if space.candidate(params).key not in tried:
                 break
         return params
-
-    def _solve(self, costs: np.ndarray, form: str, top_k: dict[int, int] | None) -> dict[str, Any]:
-        try:
-            return self.allocator.best(costs, form, top_k)
-        except InfeasibleError:
-            # The other form has a smaller smallest candidate (whole layers may be pruned harder).
-            other = next((f for f in self.allocator.space.forms if f != form), PORTABLE)
-            return self.allocator.best(costs, other, top_k)
 
     def _top_k(self, rng: np.random.Generator) -> dict[int, int] | None:
         """The model's top-k mostly; sometimes fewer, for the speed end of the front."""
@@ -189,7 +190,7 @@ class FeasibleSampler(BaseSampler):
                 for c in space.criteria:
                     column = allocator.model.index[f"blk.{layer}.experts", (n, c)]
                     costs[column] = (i - wanted) ** 2 + (0.0 if c == criterion else 0.5)
-        return allocator.best(costs, form, top_k)
+        return _fit(allocator, costs, form, top_k)
 
 
 def make_sampler(name: str, allocator: Allocator, seed: int) -> BaseSampler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,16 +77,25 @@ def open_study(name: str, storage: BaseStorage, identity: dict[str, Any]) -> opt
     return study
 
 
-def recover(study: optuna.Study) -> int:
-    """Gives trials that a killed run left running another try; returns how many there were."""
+def recover(study: optuna.Study, names: Collection[str]) -> int:
+    """Gives trials that a killed run left running another try; returns how many there were.
+
+    Args:
+        study: The study.
+        names: Every parameter of its space.
+    """
+    wanted = set(names)
     stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in stale:
         attributes = {"retry_of": trial.number}
         if "baseline" in trial.user_attrs:
             attributes["baseline"] = trial.user_attrs["baseline"]
         study.tell(trial.number, state=TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(trial.params, user_attrs=attributes)
+        # Killed while it was asked for, a trial has some of its parameters only; those it was
+        # meant to have are known if it was enqueued, and drawn anew if it was not.
+        params = trial.system_attrs.get("fixed_params", trial.params)
+        if set(params) >= wanted:
+            study.enqueue_trial(params, user_attrs=attributes)
     return len(stale)
 
 
@@ -142,6 +151,11 @@ class TrialRunner:
         candidates = [self.allocator.space.candidate(t.params) for t in trials]
         texts = [c.to_json() for c in candidates]
         first = self.pool.run([("score", (c, "search", FIRST_TOKENS)) for c in texts])
+        for candidate, columns in zip(candidates, first, strict=True):
+            if not np.isfinite(columns["kl"]).all():
+                raise UserError(
+                    f"candidate {candidate.key}: its KL is not a number; are the model's weights sound?"
+                )
         static = [{**self.footprint.evaluate(c), **self.throughput.evaluate(c)} for c in candidates]
         complete = [t for t in finished(self.study) if t.state == TrialState.COMPLETE]
         # Each form has a winner of its own, so a trial is measured against its own form only.
@@ -151,8 +165,6 @@ class TrialRunner:
             if "baseline" in trial.user_attrs
             or self._promising(float(np.mean(first[i]["kl"])), static[i], rivals[i])
         ]  # fmt: skip
-        if not complete and not chosen:
-            chosen = [min(range(len(trials)), key=lambda i: float(np.mean(first[i]["kl"])))]
         jobs = [("score", (texts[i], "search", SEARCH_TOKENS, FIRST_TOKENS)) for i in chosen]
         for i, more in zip(chosen, self.pool.run(jobs), strict=True):
             first[i] = {name: [*first[i][name], *more[name]] for name in first[i]}

@@ -128,11 +128,15 @@ def solve(classes: Sequence[OptionClass], capacity: int) -> Allocation:
         InfeasibleError: Even the smallest options exceed the capacity.
     """
     fronts = [pareto(c.bytes, c.costs) for c in classes]
-    reduced = [OptionClass(c.bytes[f], c.costs[f]) for c, f in zip(classes, fronts, strict=True)]
-    smallest = sum(int(c.bytes[0]) for c in reduced)
+    smallest = sum(int(c.bytes[f[0]]) for c, f in zip(classes, fronts, strict=True))
     if smallest > capacity:
         raise InfeasibleError(capacity, smallest)
-    choice, multiplier = _greedy(reduced, capacity)
+    # Bytes above each class's smallest: large constants would round small gaps away.
+    reduced = [
+        OptionClass(c.bytes[f] - c.bytes[f[0]], c.costs[f]) for c, f in zip(classes, fronts, strict=True)
+    ]
+    room = capacity - smallest
+    choice, multiplier = _greedy(reduced, room)
 
     slacks = []
     base_cost = 0.0
@@ -140,9 +144,9 @@ def solve(classes: Sequence[OptionClass], capacity: int) -> Allocation:
         value = c.costs + multiplier * c.bytes
         slacks.append(value - value.min())
         base_cost += float(value.min())
-    bound = base_cost - multiplier * capacity
+    bound = base_cost - multiplier * room
     incumbent = sum(float(c.costs[i]) for c, i in zip(reduced, choice, strict=True))
-    choice, optimal = _close_gap(reduced, slacks, choice, incumbent, bound, multiplier, capacity)
+    choice, optimal = _close_gap(reduced, slacks, choice, incumbent, bound, multiplier, room)
 
     picked = tuple(int(f[i]) for f, i in zip(fronts, choice, strict=True))
     total = sum(int(c.bytes[i]) for c, i in zip(classes, picked, strict=True))

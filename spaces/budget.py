@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from spaces.errors import UserError
 
@@ -12,7 +13,7 @@ _UNITS = {"B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]i?)?B)\s*", re.IGNORECASE | re.ASCII)
 _CANONICAL = {unit.lower(): unit for unit in _UNITS}
 
 
@@ -23,7 +24,7 @@ def parse_size(text: str, option: str = "size") -> int:
         UserError: Not a positive number with a unit from B, KB..TB, KiB..TiB.
     """
     match = _SIZE.fullmatch(text) if len(text) < 64 else None
-    size = int(float(match[1]) * _UNITS[_CANONICAL[match[2].lower()]]) if match else 0
+    size = int(Decimal(match[1]) * _UNITS[_CANONICAL[match[2].lower()]]) if match else 0
     if size <= 0:
         raise UserError(
             f"{option}: {text[:64]!r} is not a size; write a positive number and a unit, "

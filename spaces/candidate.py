@@ -16,6 +16,18 @@ from spaces.quant_types import quant_type
 VERSION = 1
 
 
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected a whole number, got {value!r}")
+    return value
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"expected a list of whole numbers, got {type(values).__name__}")
+    return tuple(_integer(v) for v in values)
+
+
 @dataclass(frozen=True)
 class MoeLayer:
     """Which experts of a layer stay, in ascending order, and how many a token uses."""
@@ -80,7 +92,7 @@ class Candidate:
             if data["version"] != VERSION:
                 raise UserError(f"{source}: version must be {VERSION}, got {data['version']!r}")
             layers = tuple(
-                MoeLayer(int(m["layer"]), tuple(int(e) for e in m["experts"]), int(m["top_k"]))
+                MoeLayer(_integer(m["layer"]), _integers(m["experts"]), _integer(m["top_k"]))
                 for m in data["layers"]
             )
             return cls(layers, tuple((str(n), str(t)) for n, t in data["types"].items()))

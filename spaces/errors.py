@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading a file of the wrong form can raise."""
+
 
 class UserError(ValueError):
     """Bad input. The message names the file or option, the rule and a remedy, on one line."""

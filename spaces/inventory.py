@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spaces.errors import UserError
+from spaces.errors import MALFORMED, UserError
 from spaces.gguf_layout import TensorInfo, Value, file_size, padded
 from spaces.plan import Plan
 from spaces.quant_types import quant_type
@@ -165,7 +165,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such model folder; give a folder that holds config.json")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except MALFORMED as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); is this a model folder?") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: must hold a JSON object, got {type(config).__name__}")

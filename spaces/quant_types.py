@@ -60,6 +60,9 @@ REQUIRES_IMATRIX = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 IGNORES_IMATRIX = frozenset({"Q8_0", "F16", "BF16", "F32"})
 """Types an importance matrix does not change."""
 
+WEIGHT_TYPES = frozenset(QUANT_TYPES) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+"""Types weights can be stored in; the rest are indices and intermediate results."""
+
 # What llama-quantize falls back to when a row is not a multiple of 256 (llama-quant.cpp).
 _FALLBACK = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",

@@ -73,8 +73,8 @@ class Space:
     def kept_options(self) -> tuple[int, ...]:
         """Expert counts, fewest first: sixteenths, whole per group, never below the model's top-k."""
         experts, groups = self.inventory.experts, self.inventory.groups
-        # Group-limited routing ranks a group by its two best experts, so two must stay.
-        least = max(self.inventory.top_k, experts // 4, groups * (2 if groups > 1 else 1))
+        # transformers ranks a group (all experts, where there are none) by its two best.
+        least = min(experts, max(self.inventory.top_k, experts // 4, 2 * groups))
         counts = {round(experts * s / _STEPS / groups) * groups for s in range(1, _STEPS + 1)}
         return tuple(sorted(n for n in counts if least <= n <= experts))
 

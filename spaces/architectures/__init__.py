@@ -39,6 +39,15 @@ def describe(config: dict[str, Any], name: str) -> Inventory:
         raise UserError(f"{name}: config.json lacks {error.args[0]!r}, which {model_type} needs") from error
 
 
+def describe_folder(path: Path, name: str | None = None) -> Inventory:
+    """The inventory of a checkpoint folder, called `name` or as the folder; errors name the folder."""
+    config = read_config(path)
+    try:
+        return describe(config, name or path.resolve().name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def open_inventory(target: str) -> Inventory:
     """The inventory of a published target's name or of a model folder."""
     if target in published_targets():
@@ -48,4 +57,4 @@ def open_inventory(target: str) -> Inventory:
     path = Path(target)
     if not path.exists() and "/" not in target:
         raise unknown("--target", target, published_targets())
-    return describe(read_config(path), path.resolve().name)
+    return describe_folder(path)

@@ -102,8 +102,38 @@ def metadata(config: dict[str, Any], name: str) -> dict[str, Value]:
     return general | {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
 
 
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "n_shared_experts", "n_routed_experts", "n_group", "topk_group", "q_lora_rank",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+
+def _check(config: dict[str, Any], name: str) -> None:
+    """Refuses values no model of this family can have."""
+    for field in _COUNTS:
+        value = config[field]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{name}: config.json: {field} must be a positive whole number, got {value!r}")
+    numbers = {
+        "rms_norm_eps": config["rms_norm_eps"],
+        "routed_scaling_factor": config["routed_scaling_factor"],
+    }
+    numbers["rope_theta"] = (config.get("rope_parameters") or config)["rope_theta"]
+    for field, value in numbers.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise UserError(f"{name}: config.json: {field} must be a positive number, got {value!r}")
+    experts, groups = config["n_routed_experts"], config["n_group"]
+    if experts % groups or (groups > 1 and experts // groups < 2) or config["topk_group"] > groups:
+        raise UserError(
+            f"{name}: config.json: {experts} routed experts cannot be routed in {groups} groups of which "
+            f"{config['topk_group']} are used; groups must be even and hold two experts or more"
+        )
+
+
 def describe(config: dict[str, Any], name: str) -> Inventory:
     """Inventory of a DeepSeek-V3 config; `KeyError` on a missing field."""
+    _check(config, name)
     if config.get("scoring_func", "sigmoid") != "sigmoid":
         raise UserError(
             f"{name}: scoring_func must be 'sigmoid' for deepseek_v3, got {config['scoring_func']!r}"

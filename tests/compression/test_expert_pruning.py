@@ -66,7 +66,7 @@ def test_super_experts_come_first_whatever_the_criterion() -> None:
 
 
 def test_an_unknown_criterion_is_refused() -> None:
-    with pytest.raises(ValueError, match="criterion must be one of .* got 'random'"):
+    with pytest.raises(ValueError, match=r"criterion must be one of .* got 'random'"):
         importance(MEASURED, "random")
 
 

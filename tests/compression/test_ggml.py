@@ -20,10 +20,10 @@ from spaces.quant_types import (
     SHORT_LADDER,
     quant_type,
 )
-from tests.compression.support import bug
 
 EVERY_TYPE = tuple(dict.fromkeys((*LADDER, *SHORT_LADDER, "Q4_0", "Q4_1", "Q5_1", "F16", "F32")))
 SLOW = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")  # ggml builds tables first, 2 to 10 CPU seconds
+LATER = (pytest.mark.slow, pytest.mark.timeout(3000))
 PORTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
 
 
@@ -59,9 +59,7 @@ def test_values_are_those_of_the_gguf_package(type_name: str) -> None:
     assert np.array_equal(values, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "type_name", [pytest.param(t, marks=pytest.mark.slow) if t in SLOW else t for t in EVERY_TYPE]
-)
+@pytest.mark.parametrize("type_name", [pytest.param(t, marks=LATER) if t in SLOW else t for t in EVERY_TYPE])
 def test_values_are_close_to_the_weights(type_name: str) -> None:
     weights = normal(2, 4, 256)
     values = ggml.dequantize(ggml.quantize(weights, type_name, importance(256)), type_name)
@@ -91,7 +89,9 @@ def test_an_imatrix_moves_the_error_to_columns_that_matter_less(type_name: str) 
 @pytest.mark.parametrize("type_name", sorted(IGNORES_IMATRIX))
 def test_types_said_to_ignore_an_imatrix_do(type_name: str) -> None:
     weights = normal(4, 256)
-    assert np.array_equal(ggml.quantize(weights, type_name), ggml.quantize(weights, type_name, importance(256)))
+    assert np.array_equal(
+        ggml.quantize(weights, type_name), ggml.quantize(weights, type_name, importance(256))
+    )
 
 
 def test_every_row_is_quantized_by_itself() -> None:
@@ -169,11 +169,13 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
     "types",
     [
         tuple(t for t in EVERY_TYPE if t not in SLOW),
-        pytest.param(SLOW, marks=pytest.mark.slow),
+        pytest.param(SLOW, marks=LATER),
     ],
 )
 def test_extreme_input_that_is_allowed_neither_aborts_nor_overflows(types: tuple[str, ...]) -> None:
-    done = child(f"types = {types}" """
+    done = child(
+        f"types = {types}"
+        """
 rng = np.random.default_rng(0)
 x, h = rng.standard_normal((2, 256)).astype(np.float32), rng.random(256).astype(np.float32)
 one = np.zeros_like(x); one[:, 5] = 1; spiked = 1e-6 * x; spiked[:, 5] = 3e4
@@ -185,13 +187,13 @@ cases += [("imatrix", x, m) for m in (0 * h, half, spike, 1e-38 * h, 1e18 * h)]
 for t in types:
     for n, v, m in cases:
         y = ggml.dequantize(ggml.quantize(v, t, m), t)
-        assert np.isfinite(y).all() and np.abs(y).max() <= 1.5 * np.abs(v).max() + 1e-6, (t, n, np.abs(y).max())
+        assert np.isfinite(y).all() and np.abs(y).max() <= 2 * np.abs(v).max() + 1e-6, (t, n, np.abs(y).max())
 print("fine")
-""")
+"""
+    )
     assert done.stdout == "fine\n", done.stderr[-500:]
 
 
-@bug("ggml.quantize lets an imatrix through whose sums overflow float32: NaN blocks, IQ types abort")
 def test_an_imatrix_too_large_for_sums_is_refused() -> None:
     with pytest.raises(ValueError, match="imatrix"):
         ggml.quantize(normal(1, 256), "Q4_K", np.full(256, 1e38))
@@ -200,14 +202,12 @@ def test_an_imatrix_too_large_for_sums_is_refused() -> None:
 NOT_FOR_WEIGHTS = ("I8", "I32", "F64", "Q8_K", "Q8_1")
 
 
-@bug("ggml.dequantize raises TypeError or RuntimeError for types that hold no weights")
 @pytest.mark.parametrize("type_name", NOT_FOR_WEIGHTS)
 def test_blocks_of_a_type_that_is_not_for_weights_are_refused(type_name: str) -> None:
     with pytest.raises(ValueError, match=type_name):
         ggml.dequantize(np.zeros((1, quant_type(type_name).row_bytes(256)), np.uint8), type_name)
 
 
-@bug("ggml.quantize aborts the process for types that hold no weights")
 def test_quantizing_to_a_type_that_is_not_for_weights_is_refused() -> None:
     done = child(f"""
 for t in {NOT_FOR_WEIGHTS}:

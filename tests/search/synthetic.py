@@ -15,7 +15,6 @@ from spaces.carry import Carry
 from spaces.inventory import Inventory
 from spaces.quant_types import QUANT_TYPES, ladder
 from spaces.space import Space
-from tests.spaces import tiny
 
 
 def errors(space: Space) -> dict[tuple[str, str], float]:

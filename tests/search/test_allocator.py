@@ -15,7 +15,6 @@ from scipy.sparse import coo_array
 from search.allocator import Allocator
 from spaces.allocation import InfeasibleError
 from spaces.architectures import open_inventory
-from spaces.carry import Carry
 from spaces.gguf_layout import header, padded
 from spaces.plan import Plan
 from spaces.quant_types import QUANT_TYPES, ladder
@@ -85,10 +84,11 @@ def test_no_single_change_that_would_help_still_fits(
 
     for tensor in space.inventory.quantizable:
         paid = costs[model.index[tensor.name, params[tensor.name]]]
-        for kind in ladder(tensor.row):
-            if costs[model.index[tensor.name, kind]] < paid - 1e-9:
-                changed = params | {tensor.name: kind}
-                assert synthetic.target_bytes(allocator, changed) > allocator.limit, (tensor.name, kind)
+        better = [k for k in ladder(tensor.row) if costs[model.index[tensor.name, k]] < paid - 1e-9]
+        if better:  # the smallest of them is enough to try
+            kind = min(better, key=lambda k: QUANT_TYPES[k].bits_per_weight)
+            changed = params | {tensor.name: kind}
+            assert synthetic.target_bytes(allocator, changed) > allocator.limit, (tensor.name, kind)
     for layer in space.inventory.moe_layers:
         kept, _ = space.layer_choice(params, layer)
         cost = {c: costs[model.index[f"blk.{layer}.experts", (kept, c)]] for c in space.criteria}

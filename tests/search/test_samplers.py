@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 
 from search.allocator import Allocator
 from search.posterior import Posterior
@@ -80,23 +82,7 @@ def test_the_budget_of_a_larger_target_is_kept(name: str) -> None:
         check(allocator, params)
 
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "knapsack",
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    raises=UserError, strict=True, reason="FeasibleSampler.repair does not try the other form"
-                ),
-            )
-            for name in SAMPLERS
-            if name != "knapsack"
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_tightest_budget_that_can_be_met_is_met(name: str) -> None:
     # A ragged file's header is longer, so only portable candidates fit here.
     allocator = synthetic.allocator(tiny.space())
@@ -149,8 +135,6 @@ def test_the_knapsack_finds_in_thirty_trials_what_the_others_do_not() -> None:
 
 def observations(allocator: Allocator, truth: np.ndarray, trials: int, seed: int) -> tuple[Any, np.ndarray]:
     """(columns, KL) of random sets of parameters."""
-    import random
-
     rng = random.Random(seed)
     columns = [allocator.model.columns(tiny.random_params(allocator.space, rng)) for _ in range(trials)]
     return columns, np.array([truth[c].sum() for c in columns])
@@ -227,8 +211,6 @@ def test_a_noisy_trial_teaches_less_than_a_clean_one() -> None:
 
 
 def test_early_stopped_trials_teach_too_and_failed_ones_do_not() -> None:
-    from optuna.trial import TrialState
-
     sampler = KnapsackSampler(SMALL)
     game = Game(sampler, SMALL, 3 * SMALL.model.costs)
     prior = sampler.posterior([]).mean()

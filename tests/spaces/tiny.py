@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
 }  # fmt: skip
 
-GROUPED = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+GROUPED: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
 """Changes that make the model's routing group-limited."""
 
 
