@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compression.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from compression.gguf_export import with_tokenizer
-from tests.compression.support import logits, refused
+from tests.compression.support import bug, logits, refused
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEEP = "[" * 100_000
@@ -113,6 +113,7 @@ BROKEN: list[Any] = [
     ("tensor without offsets", header({"a": {"dtype": "F32", "shape": [1]}}), WEIGHTS),
     ("offsets before the start", one_tensor(data_offsets=[0, -1]), WEIGHTS),
     ("bytes after the end", header({}, b"1234"), WEIGHTS),
+    pytest.param("rope is a list", config(rope_parameters=[1]), "config.json", marks=bug("TypeError")),
     ("index not JSON", write(INDEX, "{"), INDEX),
     ("index no object", write(INDEX, "[]"), INDEX),
     ("index without map", write(INDEX, "{}"), INDEX),
@@ -297,6 +298,12 @@ def test_a_tokenizer_gguf_cannot_express_is_refused(
     [
         {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0}},
         {"rope_interleave": False}, {"hidden_act": "gelu"}, {"tie_word_embeddings": True},
+        pytest.param(
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+            marks=bug("the older spelling is not looked at beside rope_parameters; transformers follows it"),
+        ),
+        pytest.param({"rope_scaling": "yarn", "rope_parameters": None}, marks=bug("AttributeError")),
+        pytest.param({"attention_bias": True}, marks=bug("biases are left out of the file")),
     ],
     ids=lambda c: next(iter(c)),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from compression.checkpoint_export import export_checkpoint
 from evaluators.texts import TextSet
 from spaces.candidate import Candidate
-from tests.compression.support import EVERY, candidate, logits, mixed_types, provide, refused
+from tests.compression.support import EVERY, bug, candidate, logits, mixed_types, provide, refused
 
 RAGGED, TOP_K = {1: (0, 2, 3, 6, 7), 2: (1, 4, 5)}, {2: 1}
 NAME = "blk.1.attn_q_a.weight"
@@ -278,3 +278,21 @@ def test_nothing_pruned_is_a_folder_too(
     windows = tiny_texts["search"].windows[:2]
     # The checkpoint's weights are BF16, so nothing is lost.
     assert np.array_equal(logits(load(tmp_path / "all"), windows), logits(tiny_model, windows))
+
+
+@pytest.mark.parametrize(
+    "type_name",
+    [
+        "Q4_K",
+        *(pytest.param(t, marks=bug("load takes the search's ladder only")) for t in ("Q2_K", "Q5_K", "F32")),
+    ],
+)
+def test_a_uniform_candidate_with_its_fallbacks_is_read_back(
+    tiny_model: CandidateModel, tiny: Checkpoint, tmp_path: Path, type_name: str
+) -> None:
+    wanted = provide(tiny_model, Candidate.uniform(tiny.inventory, type_name))
+    export_checkpoint(tiny_model, wanted, tiny, tmp_path / "uniform")
+    model = load(tmp_path / "uniform")
+    tiny_model.apply(wanted)
+    for name, value in tiny_model.model.state_dict().items():
+        assert np.array_equal(model.state_dict()[name], value), name
