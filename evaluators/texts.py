@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spaces.errors import UserError
+from spaces.errors import MALFORMED, UserError
 
 WINDOW = 256
 
@@ -61,11 +61,16 @@ def read_documents(file: Path, option: str) -> list[tuple[str, str]]:
         ) from error
     if file.suffix == ".jsonl":
         documents = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Only newlines end a JSON line: splitlines would also cut at U+2028, which JSON leaves as it is.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        for number, line in enumerate(lines, start=1):
             try:
                 item = json.loads(line)
-                documents.append((str(item.get("source", file.stem)), str(item["text"])))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not isinstance(item["text"], str):
+                    raise TypeError(f"text is {type(item['text']).__name__}")
+                item["text"].encode()
+                documents.append((str(item.get("source", file.stem)), item["text"]))
+            except MALFORMED as error:
                 raise UserError(
                     f'{option} {file}: line {number} must be {{"text": ...}} ({error})'
                 ) from error
