@@ -114,6 +114,8 @@ def test_metadata_is_that_of_the_pruned_model(
         "deepseek2.leading_dense_block_count": 1,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.padding_token_id": 1,
     }
