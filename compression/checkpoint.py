@@ -1,130 +1,157 @@
-"""Opens a checkpoint folder: checks its files before anything reads weights, loads it with transformers."""
+"""Opens a model, a folder or a GGUF file: its family, its weights and what identifies it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spaces.architectures import describe_folder
-from spaces.errors import MALFORMED, UserError
+from compression.families import family, family_of_gguf, open_inventory
+from compression.families.base import Family
+from compression.gguf_file import GgufFile
+from compression.gguf_weights import GgufWeights
+from compression.weights import FolderWeights, Weights, shards
+from spaces.errors import UserError
 from spaces.inventory import Inventory, read_config
 
-_MAX_HEADER = 100 * 2**20
+_WHOLE = 2**30
+_SAMPLES, _SAMPLE = 64, 2**20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors shards and a tokenizer.
+    """A model that can be read.
 
     Attributes:
-        path: The folder, absolute.
+        path: Its folder or GGUF file, absolute.
+        family: What its tensors are called and where they go.
+        weights: Reads them.
         inventory: Its tensors.
-        fingerprint: Hash of config, headers and the shards' first and last bytes.
+        config: The fields of its config.json, or those that its GGUF metadata stands for.
+        fingerprint: Hash of config, headers and weights (of 64 MiB of them in files above 1 GiB).
     """
 
     path: Path
+    family: Family
+    weights: Weights
     inventory: Inventory
+    config: Mapping[str, Any]
     fingerprint: str
 
-
-def _shards(path: Path) -> list[Path]:
-    """Weight files of a checkpoint, every one the index names present."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        files = [path / "model.safetensors"]
-    else:
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            files = [path / name for name in names]
-        except MALFORMED as error:
-            raise UserError(f"{index}: not a safetensors index ({error}); download it again") from error
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: missing; the model's weights must be there as safetensors")
-    return files
+    @cached_property
+    def gguf(self) -> GgufFile | None:
+        """The GGUF file it was read from, None for a folder."""
+        return self.weights.file if isinstance(self.weights, GgufWeights) else None
 
 
-def _check_shard(file: Path) -> bytes:
-    """The header of a safetensors file whose size agrees with it."""
+def is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF file, not a folder."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def _sample(file: Path) -> bytes:
+    """A hash of a file's bytes, of evenly spread samples where it is large."""
+    digest = hashlib.sha256()
     size = file.stat().st_size
     with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise UserError(f"{file}: not a safetensors file, or cut short; download it again")
-        header = stream.read(length)
-    try:
-        tensors: dict[str, Any] = json.loads(header)
-        tensors.pop("__metadata__", None)
-        ends = [t["data_offsets"][1] for t in tensors.values()]
-        if any(type(end) is not int for end in ends):
-            raise TypeError("offsets must be whole numbers")
-        end = max(ends, default=0)
-    except MALFORMED as error:
-        raise UserError(f"{file}: its safetensors header is damaged; download it again") from error
-    if size != 8 + length + end:
-        raise UserError(
-            f"{file}: has {size:,} bytes where its header tells of {8 + length + end:,}; "
-            "the shard is truncated or damaged, download it again"
-        )
-    return header
+        if size <= _WHOLE:
+            return hashlib.file_digest(stream, "sha256").digest()
+        for i in range(_SAMPLES):
+            stream.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE))
+    return digest.digest()
 
 
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
-    """Describes the model in folder `path`, called `name` or as the folder, without loading weights.
+    """Describes the model at `path`, called `name` or as the file, without loading weights.
+
+    Args:
+        path: A folder with config.json and safetensors, or a GGUF file (any part of a split one).
+        name: What files call the model.
 
     Raises:
-        UserError: The folder, config or a shard is missing or damaged, or the
+        UserError: The folder, config or a weight file is missing or damaged, or the
             model is not an MoE family that is known.
     """
+    return _open_gguf(path, name) if is_gguf(path) else _open_folder(path, name)
+
+
+def _open_folder(path: Path, name: str | None) -> Checkpoint:
     config = read_config(path)
-    inventory = describe_folder(path, name)
+    try:
+        of_family = family(config, name or path.resolve().name)
+        inventory = of_family.inventory()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    weights = FolderWeights(path, of_family, config)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in _shards(path):
-        digest.update(_check_shard(file))
-        with file.open("rb") as stream:
-            stream.seek(-min(2**20, file.stat().st_size), 2)
-            digest.update(stream.read())
-    if not (path / "tokenizer.json").exists():
-        raise UserError(f"{path / 'tokenizer.json'}: missing; a tokenizer is needed to score the model")
-    return Checkpoint(path.resolve(), inventory, digest.hexdigest()[:16])
+    for raw, file in zip(weights.headers, shards(path), strict=True):
+        digest.update(raw)
+        digest.update(_sample(file))
+    return Checkpoint(path.resolve(), of_family, weights, inventory, config, digest.hexdigest()[:16])
+
+
+def _open_gguf(path: Path, name: str | None) -> Checkpoint:
+    file = GgufFile.open(path)
+    shapes = {n: t.shape for n, t in file.tensors.items()}
+    try:
+        of_family = family_of_gguf(file.metadata, shapes, name or path.stem)
+        inventory = of_family.inventory()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    digest = hashlib.sha256(repr(list(file.tensors.values())).encode())
+    for part in file.files:
+        digest.update(_sample(part))
+    config = {**of_family.config.to_dict(), "model_type": of_family.model_type}
+    weights = GgufWeights(file, of_family)
+    return Checkpoint(path.resolve(), of_family, weights, inventory, config, digest.hexdigest()[:16])
+
+
+def open_target(target: str) -> Inventory:
+    """The inventory of a published target's name, a folder with config.json or a GGUF file of any MoE."""
+    path = Path(target)
+    if is_gguf(path) and path.exists():
+        from compression.gguf_inventory import describe_gguf
+
+        return describe_gguf(GgufFile.open(path))
+    return open_inventory(target)
 
 
 def load_model(checkpoint: Checkpoint) -> Any:
     """The transformers model in float32, ready for inference.
 
     Raises:
-        UserError: transformers cannot make the model of these files.
+        UserError: The config asks for what the family does not place, or weights cannot be read.
     """
-    import torch
-    import transformers
+    from compression.shell import Shell
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        model, report = loaded
-    except Exception as error:  # transformers and its validators raise many kinds
-        raise UserError(f"{checkpoint.path}: cannot be loaded ({str(error)[:300]})") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
-    if missing:
-        raise UserError(
-            f"{checkpoint.path}: the shards lack or misshape {len(missing)} tensors, {missing[0]} first; "
-            "does config.json belong to these weights?"
-        )
-    return model.eval().requires_grad_(False)
+    shell = Shell(checkpoint.family)
+    for part in checkpoint.family.parts:
+        shell.fill(part, checkpoint.weights)
+    return shell.model
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's fast tokenizer."""
+    """The fast tokenizer of a folder or of a GGUF file.
+
+    Raises:
+        UserError: There is none, or it cannot be loaded.
+    """
+    if is_gguf(path):
+        from compression.tokenizer_from_gguf import fast_tokenizer
+
+        try:
+            return fast_tokenizer(GgufFile.open(path).metadata)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     from transformers import AutoTokenizer
 
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{path / 'tokenizer.json'}: missing; a tokenizer is needed to score the model")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception

@@ -9,61 +9,58 @@ have their own expert counts and top-k.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compression import ggml
-from compression.candidate_model import CandidateModel
-from compression.checkpoint import Checkpoint
+from compression.checkpoint import Checkpoint, load_tokenizer
 from compression.families import family
 from compression.gguf_export import tensor_data
-from spaces.architectures import describe_folder
+from compression.safetensors_file import Entry, read, read_header, read_raw
+from compression.safetensors_writer import Item, write
+from compression.shell import Shell
+from compression.stored_model import StoredModel
 from spaces.candidate import Candidate
 from spaces.errors import MALFORMED, UserError
+from spaces.gguf_layout import TensorInfo
 from spaces.inventory import Inventory, read_config
-from spaces.quant_types import ladder
+from spaces.quant_types import WEIGHT_TYPES
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
-def export_checkpoint(model: CandidateModel, candidate: Candidate, checkpoint: Checkpoint, path: Path) -> int:
+def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Checkpoint, path: Path) -> int:
     """Writes `candidate`, portable or ragged, as a folder; returns its weights' bytes.
 
     The folder is filled under a temporary name beside `path` and then renamed.
 
     Raises:
-        UserError: Something that is no earlier export stands at `path`, or a layer
-            keeps fewer experts than transformers' router can rank.
+        UserError: Something that is no earlier export stands at `path`, or the family's router
+            cannot choose among the experts kept.
     """
-    from safetensors.numpy import save_file
-
     path = path.resolve()
     _check_replaceable(path)
-    least = 2 * model.inventory.groups  # a group is ranked by its two best experts
-    for m in candidate.layers:
-        if len(m.experts) < least:
-            raise UserError(
-                f"{path}: layer {m.layer} keeps {len(m.experts)} experts, transformers needs {least}"
-            )
+    candidate.validate(model.inventory, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        arrays = {
-            t.name: np.ascontiguousarray(tensor_data(model, candidate, t.name))
-            for t in model.inventory.tensors
-        }
-        save_file(arrays, folder / "model.safetensors", metadata={"format": "moefit"})
-        config = read_config(checkpoint.path)
+        with (folder / "model.safetensors").open("wb") as stream:
+            items = [_item(model, candidate, info) for info in model.inventory.infos(candidate.plan)]
+            write(stream, items, {"format": "moefit"})
+        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         config["moefit"] = {"version": 1, "candidate": json.loads(candidate.to_json())}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        for name in _TOKENIZER_FILES:
-            if (checkpoint.path / name).exists():
-                shutil.copyfile(checkpoint.path / name, folder / name)
+        _write_tokenizer(checkpoint, folder)
         folder.chmod(0o755)
         if path.is_dir():
             old = folder.with_name(folder.name + ".old")
@@ -75,6 +72,26 @@ def export_checkpoint(model: CandidateModel, candidate: Candidate, checkpoint: C
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return (path / "model.safetensors").stat().st_size
+
+
+def _item(model: StoredModel, candidate: Candidate, info: TensorInfo) -> Item:
+    """A tensor as the folder stores it: quantized rows as bytes, others as they are."""
+    if not model.inventory.by_name[info.name].quantizable:
+        return Item(info.name, "F32", info.shape, lambda: tensor_data(model, candidate, info.name))
+    rows = math.prod(info.shape[:-1])
+    shape = (*info.shape[:-1], info.size // rows)
+    return Item(info.name, "U8", shape, lambda: tensor_data(model, candidate, info.name))
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The tokenizer's files, as they are or made of the GGUF's metadata; none where there are none."""
+    if checkpoint.gguf is not None:
+        if checkpoint.gguf.metadata.get("tokenizer.ggml.tokens") is not None:
+            load_tokenizer(checkpoint.path).save_pretrained(folder)
+        return
+    for name in _TOKENIZER_FILES:
+        if (checkpoint.path / name).exists():
+            shutil.copyfile(checkpoint.path / name, folder / name)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -89,17 +106,17 @@ def _check_replaceable(path: Path) -> None:
         raise UserError(f"{path}: exists and is no exported model, so it is left alone; choose another path")
 
 
-def _check_arrays(arrays: dict[str, Any], inventory: Inventory, candidate: Candidate, file: Path) -> None:
+def _check_entries(
+    entries: Mapping[str, Entry], inventory: Inventory, candidate: Candidate, file: Path
+) -> None:
     """Every tensor there, with the bytes its type and the kept experts call for."""
-    infos = {info.name: info for info in inventory.infos(candidate.plan)}
-    for tensor in inventory.tensors:
-        info, array = infos[tensor.name], arrays.get(tensor.name)
-        kind = np.uint8 if tensor.quantizable else np.float32
-        if array is None or array.dtype != kind or array.nbytes != info.size:
-            expected = f"{info.size} bytes of {kind.__name__}"
-            raise UserError(f"{file}: tensor {tensor.name} is missing or does not have {expected}")
-        if array.shape[:-1] != info.shape[:-1]:
-            raise UserError(f"{file}: tensor {tensor.name} has shape {array.shape}, not {info.shape}")
+    for info in inventory.infos(candidate.plan):
+        quantizable, entry = inventory.by_name[info.name].quantizable, entries.get(info.name)
+        kind = "U8" if quantizable else "F32"
+        if entry is None or entry.kind != kind or entry.size != info.size:
+            raise UserError(f"{file}: tensor {info.name} is missing or is not {info.size} bytes of {kind}")
+        if entry.shape[:-1] != info.shape[:-1]:
+            raise UserError(f"{file}: tensor {info.name} has shape {entry.shape}, not {info.shape}")
 
 
 def load(path: str | Path) -> Any:
@@ -108,37 +125,37 @@ def load(path: str | Path) -> Any:
     Raises:
         UserError: No such folder, or not one of ours.
     """
-    import torch
-    import transformers
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     path = Path(path)
     config = read_config(path)
     entry = config.get("moefit")
     if not isinstance(entry, dict) or entry.get("version") != 1 or "candidate" not in entry:
         raise UserError(f"{path}: config.json has no moefit entry of version 1; load it with transformers")
+    source = f"{path / 'config.json'}"
     text = json.dumps(config.pop("moefit")["candidate"])
-    inventory = describe_folder(path)
-    candidate = Candidate.from_json(text, f"{path / 'config.json'}")
-    candidate.validate(inventory, f"{path / 'config.json'}")
-    for name, type_name in candidate.types:
-        if type_name not in ladder(inventory.by_name[name].row):
-            raise UserError(f"{path / 'config.json'}: {name}: {type_name} is no type for weights")
-    try:
-        arrays = load_file(path / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / 'model.safetensors'}: cannot be read ({error})") from error
-    _check_arrays(arrays, inventory, candidate, path / "model.safetensors")
-    settings = transformers.AutoConfig.for_model(**config)
-    with torch.device("cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    of_family, types = family(inventory), dict(candidate.types)
+    of_family = family(config, str(path))
+    inventory = of_family.inventory()
+    candidate = Candidate.from_json(text, source)
+    candidate.validate(inventory, source)
+    types: dict[str, str | None] = dict(candidate.types)
+    for name, chosen in candidate.types:
+        if chosen not in WEIGHT_TYPES:
+            raise UserError(f"{source}: {name}: {chosen} is no type for weights")
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; the folder is not whole")
+    _, entries = read_header(file)
+    _check_entries(entries, inventory, candidate, file)
+    shell = Shell(of_family)
     for m in candidate.layers:
-        of_family.shrink(model, m.layer, m.experts, m.top_k)
-    for tensor in inventory.tensors:
-        values = arrays[tensor.name]
-        if tensor.quantizable:
-            values = ggml.dequantize(values, types[tensor.name])
-        of_family.view(model, tensor.name).copy_(torch.from_numpy(np.array(values)))
-    return model.eval().requires_grad_(False)
+        shell.shrink(m.layer, len(m.experts), m.top_k)
+    for part in of_family.parts:
+        entry, type_name = entries[part.name], types.get(part.name)
+        for e in range(entry.shape[0]) if part.stacked else (None,):
+            if type_name is None:
+                values = read(entry, e)
+            else:
+                values = ggml.dequantize(read_raw(entry, e)[..., 0], type_name)
+            if not np.isfinite(values).all():
+                raise UserError(f"{file}: tensor {part.name} holds NaN or infinite values")
+            shell.write(part, values, e)
+    return shell.model

@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from compression.candidate_model import CandidateModel
 from compression.checkpoint import Checkpoint
 from compression.files import atomic
+from compression.stored_model import StoredModel
 from compression.tokenizer import gguf_tokenizer
 from spaces.candidate import Candidate
 from spaces.errors import UserError
-from spaces.gguf_layout import ALIGNMENT, header
-from spaces.inventory import Inventory, read_config
+from spaces.gguf_layout import ALIGNMENT, Value, header
+from spaces.inventory import Inventory
 
 
 def with_tokenizer(checkpoint: Checkpoint) -> Inventory:
-    """The inventory with the tokenizer in its metadata: its sizes are then exact."""
+    """The inventory with the tokenizer in its metadata: its sizes are then exact.
+
+    Raises:
+        UserError: llama.cpp's graph of the family would compute another function, without an error,
+            or the tokenizer cannot be written.
+    """
     inventory = checkpoint.inventory
-    _check_expressible(read_config(checkpoint.path), checkpoint.path)
-    values = gguf_tokenizer(checkpoint.path, inventory.vocabulary)
+    reasons = checkpoint.family.refusals()
+    if reasons:
+        raise UserError(
+            f"{checkpoint.path}: {reasons[0]}, so a GGUF of this {inventory.model_type} model would compute "
+            "another function; use --no-export to search without writing one"
+        )
     metadata = {k: v for k, v in inventory.metadata.items() if not k.endswith(".vocab_size")}
+    if checkpoint.gguf is None:
+        values = gguf_tokenizer(checkpoint.path, inventory.vocabulary)
+    else:
+        values = {k: v for k, v in checkpoint.gguf.metadata.items() if k.startswith("tokenizer.")}
+        metadata = _about(checkpoint.gguf.metadata) | metadata
     return replace(inventory, metadata=metadata | values, tokenizer_bytes=0)
 
 
-def _check_expressible(config: dict[str, Any], path: Path) -> None:
-    """Refuses what llama.cpp's graph of the family would compute differently, without an error."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    odd = {
-        "rope_parameters": None if kind == "default" else kind,
-        "rope_interleave": None if config.get("rope_interleave", True) else False,
-        "hidden_act": None if config.get("hidden_act", "silu") == "silu" else config["hidden_act"],
-        "tie_word_embeddings": True if config.get("tie_word_embeddings") else None,
-    }
-    for field, value in odd.items():
-        if value is not None:
-            raise UserError(
-                f"{path / 'config.json'}: {field} = {value!r} cannot be written to GGUF yet: llama.cpp would "
-                "compute another function; use --no-export"
-            )
+def _about(metadata: Mapping[str, Value]) -> dict[str, Value]:
+    """What a GGUF says of its model that stays true of a compressed one: licence, authors, languages."""
+    changed = ("general.alignment", "general.file_type", "general.size_label", "general.quantized_by")
+    return {k: v for k, v in metadata.items() if k.startswith("general.") and k not in changed}
 
 
-def tensor_data(model: CandidateModel, candidate: Candidate, name: str) -> np.ndarray:
-    """The bytes a candidate's file holds for a tensor: uint8 blocks, or float32 where not quantized."""
+def tensor_data(model: StoredModel, candidate: Candidate, name: str) -> Iterator[np.ndarray]:
+    """What a candidate's file holds for a tensor, piece by piece, kept experts only.
+
+    Yields:
+        uint8 blocks where the tensor is quantized, else float32: the whole tensor, or one expert's
+        slice after the other where it is stacked by expert.
+    """
     tensor = model.inventory.by_name[name]
-    experts = {m.layer: m.experts for m in candidate.layers}.get(-1 if tensor.layer is None else tensor.layer)
-    types = dict(candidate.types)
-    data = model.bank.blocks(tensor, types[name]) if tensor.quantizable else model.plain(name)
-    return data[list(experts)] if tensor.per_expert and experts is not None else data
+    kept = {m.layer: m.experts for m in candidate.layers}
+    experts = kept[tensor.layer] if tensor.per_expert and tensor.layer is not None else None
+    data = model.bank.blocks(tensor, dict(candidate.types)[name]) if tensor.quantizable else model.plain(name)
+    if experts is None:
+        yield data
+        return
+    for e in experts:
+        yield data[e]
 
 
 def export_gguf(
-    model: CandidateModel,
+    model: StoredModel,
     candidate: Candidate,
     path: Path,
     progress: Callable[[int], None] = lambda size: None,
@@ -82,10 +92,11 @@ def export_gguf(
     with atomic(path) as stream:
         stream.write(header(inventory.plan_metadata(candidate.plan), infos))
         for info in infos:
-            data = np.ascontiguousarray(tensor_data(model, candidate, info.name))
-            if data.nbytes != info.size:
-                raise RuntimeError(f"{info.name}: {data.nbytes} bytes where {info.size} were predicted")
-            stream.write(data.data)
+            written = 0
+            for piece in tensor_data(model, candidate, info.name):
+                written += stream.write(np.ascontiguousarray(piece).data)
+            if written != info.size:
+                raise RuntimeError(f"{info.name}: {written} bytes where {info.size} were predicted")
             stream.write(b"\0" * (-info.size % ALIGNMENT))
             progress(stream.tell())
         size = stream.tell()

@@ -1,21 +1,24 @@
 """Every tensor in every GGUF type, quantized once.
 
 A variant is a file `<key>.q`: a header with the SHA-256 of the blocks, then the
-blocks. The key is a hash of all that decides them (weights, type, imatrix,
-quantizer version), so a variant is never stale, and a search that was killed
-finds what it had finished.
+blocks. The key is a hash of all that decides them (checkpoint, tensor, type,
+imatrix, quantizer version), so a variant is never stale, and a search that was
+killed finds what it had finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from compression import ggml
-from compression.calibration import Calibration
 from compression.files import atomic
 from spaces.errors import UserError
 from spaces.inventory import Tensor
@@ -23,66 +26,132 @@ from spaces.quant_types import IGNORES_IMATRIX, quant_type
 
 _MAGIC = b"MFBANK1\0"
 _HEADER = struct.Struct("<8s32sQd8x")  # magic, SHA-256 of the blocks, their bytes, relative error
+_ROWS = 2**22  # weights quantized at once: bounds memory, and lets errors be summed on the way
+
+Read = Callable[[int | None], np.ndarray]
+"""Float32 weights of a tensor: of one expert for a number, of the whole for None."""
+
+
+@dataclass
+class _Variant:
+    """A variant that is being written."""
+
+    type_name: str
+    key: str
+    stream: IO[bytes]
+    digest: Any = field(default_factory=hashlib.sha256)
+    size: int = 0
+    error: float = 0.0
+
+    def append(self, weights: np.ndarray, imatrix: np.ndarray | None) -> None:
+        weight_by = imatrix
+        if self.type_name in IGNORES_IMATRIX:
+            weight_by = None
+        elif weight_by is None:
+            # Without an input to weigh columns by (embeddings), all columns count alike.
+            weight_by = np.ones(weights.shape[-1], np.float32)
+        blocks = ggml.quantize(weights, self.type_name, weight_by)
+        difference = weights - ggml.dequantize(blocks, self.type_name)
+        self.error += _energy(difference, imatrix)
+        payload = blocks.data
+        self.digest.update(payload)
+        self.stream.write(payload)
+        self.size += blocks.nbytes
 
 
 class VariantBank:
-    """Quantized variants in a folder, shared by all workers of a node."""
+    """Quantized variants in a folder, shared by all workers of a node.
 
-    def __init__(self, folder: Path, calibration: Calibration) -> None:
-        self.folder = folder
-        self.calibration = calibration
+    Args:
+        folder: Where they lie.
+        keep: Whether variants stay mapped once used; without, memory is given back as they are dropped.
+    """
+
+    def __init__(self, folder: Path, keep: bool = True) -> None:
+        self.folder, self.keep = folder, keep
+        self._checked: set[str] = set()
         self._keys: dict[tuple[str, str], str] = {}
         self._open: dict[tuple[str, str], np.ndarray] = {}
-
-    def _imatrix(self, tensor: Tensor, type_name: str) -> np.ndarray | None:
-        return None if type_name in IGNORES_IMATRIX else self.calibration.imatrix.get(tensor.name)
-
-    def key(self, tensor: Tensor, type_name: str, weights: np.ndarray) -> str:
-        """Name of a variant: a hash of all that decides its bytes."""
-        digest = hashlib.sha256(f"{tensor.name} {tensor.shape} {type_name} {ggml.version()}".encode())
-        digest.update(np.ascontiguousarray(weights, np.float32).data)
-        imatrix = self._imatrix(tensor, type_name)
-        if imatrix is not None:
-            digest.update(np.ascontiguousarray(imatrix, np.float32).data)
-        return digest.hexdigest()[:40]
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.q"
 
-    def add(self, tensor: Tensor, type_name: str, weights: np.ndarray) -> tuple[str, float]:
-        """Quantizes a tensor unless the bank has it; returns its key and relative squared error.
+    def add(
+        self,
+        tensor: Tensor,
+        types: Sequence[str],
+        read: Read,
+        imatrix: np.ndarray | None,
+        origin: str,
+    ) -> list[tuple[str, str, float]]:
+        """Quantizes a tensor to types the bank lacks, one expert after the other.
 
-        The error is sum(h * (w - q)^2) / sum(h * w^2) with h the imatrix.
+        Args:
+            tensor: Name and shape.
+            types: GGUF types.
+            read: Gives the weights.
+            imatrix: (row,) mean squared input, (experts, row) for stacked experts, or None.
+            origin: Fingerprint of the checkpoint the weights belong to.
+
+        Returns:
+            (type, key, error) of each type. The error is sum(h * (w - q)^2) / sum(h * w^2), h the imatrix.
 
         Raises:
-            UserError: The weights are not finite.
+            UserError: The weights cannot be read, or ggml cannot take them.
         """
-        key = self.key(tensor, type_name, weights)
+        keys = {t: variant_key(tensor, t, imatrix, origin) for t in types}
+        done = {t: error for t in types if (error := self._finished(keys[t])) is not None}
+        missing = [t for t in keys if t not in done]  # each once, however often it was asked for
+        if missing:
+            done |= self._quantize(tensor, missing, keys, read, imatrix)
+        return [(t, keys[t], done[t]) for t in types]
+
+    def _finished(self, key: str) -> float | None:
+        """The error of a variant that is there, else None."""
         path = self.path(key)
-        if path.exists():
-            with path.open("rb") as stream:
-                head = stream.read(_HEADER.size)
-            if len(head) == _HEADER.size and head[:8] == _MAGIC:
-                return key, float(_HEADER.unpack(head)[3])
-        imatrix = self._imatrix(tensor, type_name)
-        try:
-            if tensor.per_expert:
-                rows = [None] * len(weights) if imatrix is None else list(imatrix)
-                parts = [ggml.quantize(w, type_name, h) for w, h in zip(weights, rows, strict=True)]
-                blocks = np.stack(parts)
-            else:
-                # Without an input to weigh columns by (embeddings), all columns count alike.
-                flat = imatrix if imatrix is not None else np.ones(tensor.row, np.float32)
-                blocks = ggml.quantize(weights, type_name, None if type_name in IGNORES_IMATRIX else flat)
-        except ValueError as error:
-            raise UserError(f"tensor {tensor.name}: cannot be quantized to {type_name}: {error}") from error
-        error_ratio = _relative_error(weights, ggml.dequantize(blocks, type_name), imatrix)
-        with atomic(path) as stream:
-            payload = blocks.tobytes()
-            digest = hashlib.sha256(payload).digest()
-            stream.write(_HEADER.pack(_MAGIC, digest, len(payload), error_ratio))
-            stream.write(payload)
-        return key, error_ratio
+        if not path.exists():
+            return None
+        with path.open("rb") as stream:
+            head = stream.read(_HEADER.size)
+        whole = len(head) == _HEADER.size and head[:8] == _MAGIC
+        return float(_HEADER.unpack(head)[3]) if whole else None
+
+    def _quantize(
+        self,
+        tensor: Tensor,
+        types: Sequence[str],
+        keys: dict[str, str],
+        read: Read,
+        imatrix: np.ndarray | None,
+    ) -> dict[str, float]:
+        stacked = tensor.per_expert
+        energy = 0.0
+        with ExitStack() as files:
+            variants = [_Variant(t, keys[t], files.enter_context(atomic(self.path(keys[t])))) for t in types]
+            for variant in variants:
+                variant.stream.write(b"\0" * _HEADER.size)
+            for e in range(tensor.shape[0]) if stacked else (None,):
+                weights = read(e).reshape(-1, tensor.row)
+                by = imatrix if imatrix is None or e is None else imatrix[e]
+                step = max(1, _ROWS // tensor.row)
+                for start in range(0, len(weights), step):
+                    rows = weights[start : start + step]
+                    energy += _energy(rows, by)
+                    for variant in variants:
+                        try:
+                            variant.append(rows, by)
+                        except ValueError as error:
+                            raise UserError(
+                                f"tensor {tensor.name}: cannot be quantized to {variant.type_name}: {error}"
+                            ) from error
+            errors = {}
+            for variant in variants:
+                errors[variant.type_name] = variant.error / max(energy, 1e-30)
+                variant.stream.seek(0)
+                variant.stream.write(
+                    _HEADER.pack(_MAGIC, variant.digest.digest(), variant.size, errors[variant.type_name])
+                )
+        return errors
 
     def register(self, tensor: str, type_name: str, key: str) -> None:
         """Makes a variant reachable by name."""
@@ -95,28 +164,39 @@ class VariantBank:
             UserError: The variant's file is missing or its checksum does not hold.
         """
         name = (tensor.name, type_name)
-        if name not in self._open:
-            path = self.path(self._keys[name])
-            try:
-                raw = np.memmap(path, np.uint8, "r")
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); run the search again") from error
-            magic, digest, size, _ = (
-                _HEADER.unpack(raw[: _HEADER.size].tobytes())
-                if len(raw) >= _HEADER.size
-                else (b"", b"", 0, 0.0)
+        if name in self._open:
+            return self._open[name]
+        key = self._keys[name]
+        path = self.path(key)
+        try:
+            raw = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run the search again") from error
+        head = raw[: _HEADER.size].tobytes()
+        magic, digest, size, _ = _HEADER.unpack(head) if len(head) == _HEADER.size else (b"", b"", 0, 0.0)
+        payload = raw[_HEADER.size :]
+        whole = magic == _MAGIC and len(payload) == size == tensor.bytes(type_name)
+        if not whole or (key not in self._checked and hashlib.sha256(payload.data).digest() != digest):
+            raise UserError(
+                f"{path}: damaged ({tensor.name} as {type_name}); delete it and run the search again"
             )
-            payload = raw[_HEADER.size :]
-            if magic != _MAGIC or len(payload) != size or hashlib.sha256(payload.data).digest() != digest:
-                raise UserError(
-                    f"{path}: damaged ({tensor.name} as {type_name}); delete it and run the search again"
-                )
-            row_bytes = quant_type(type_name).row_bytes(tensor.row)
-            self._open[name] = payload.reshape(*tensor.shape[:-1], row_bytes)
-        return self._open[name]
+        self._checked.add(key)
+        blocks = payload.reshape(*tensor.shape[:-1], quant_type(type_name).row_bytes(tensor.row))
+        if self.keep:
+            self._open[name] = blocks
+        return blocks
 
 
-def _relative_error(weights: np.ndarray, approximation: np.ndarray, imatrix: np.ndarray | None) -> float:
-    scale = 1.0 if imatrix is None else imatrix[..., None, :] if imatrix.ndim == 2 else imatrix
-    error = float((scale * (weights - approximation).astype(np.float64) ** 2).sum())
-    return error / max(float((scale * weights.astype(np.float64) ** 2).sum()), 1e-30)
+def variant_key(tensor: Tensor, type_name: str, imatrix: np.ndarray | None, origin: str) -> str:
+    """Name of a variant: a hash of all that decides its bytes and its error (the imatrix weighs it)."""
+    about = f"{origin} {tensor.name} {tensor.shape} {type_name} {ggml.version()}"
+    digest = hashlib.sha256(about.encode())
+    if imatrix is not None:
+        digest.update(np.ascontiguousarray(imatrix, np.float32).data)
+    return digest.hexdigest()[:40]
+
+
+def _energy(x: np.ndarray, imatrix: np.ndarray | None) -> float:
+    """Sum of squares, columns weighed by the imatrix."""
+    columns = np.einsum("ij,ij->j", x, x, dtype=np.float64)
+    return float(columns.sum() if imatrix is None else columns @ imatrix.astype(np.float64))

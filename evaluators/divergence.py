@@ -79,13 +79,10 @@ def base_states(model: CandidateModel, text: TextSet, path: Path) -> None:
     """Writes the uncompressed model's (n, length, hidden) float32 states to `path`, an .npy file."""
     import torch
 
-    rows = []
     with torch.inference_mode():
-        for start in range(0, len(text.windows), _BATCH):
-            tokens = torch.from_numpy(text.windows[start : start + _BATCH].astype(np.int64))
-            rows.append(model.hidden(tokens).numpy())
+        states = model.hidden(torch.from_numpy(text.windows.astype(np.int64)))
     with atomic(path) as stream:
-        np.save(stream, np.concatenate(rows))
+        np.save(stream, states.numpy())
 
 
 def measure(model: CandidateModel, text: TextSet, states: np.ndarray) -> Divergence:
@@ -100,10 +97,11 @@ def measure(model: CandidateModel, text: TextSet, states: np.ndarray) -> Diverge
 
     parts: list[tuple[np.ndarray, ...]] = []
     with torch.inference_mode():
-        for start in range(0, len(text.windows), _BATCH):
-            tokens = torch.from_numpy(text.windows[start : start + _BATCH].astype(np.int64))
-            hidden = torch.from_numpy(np.array(states[start : start + len(tokens)]))
-            base = hidden @ model.base_output.T
-            parts.append(tuple(x.numpy() for x in compare(base, model.logits(model.hidden(tokens)), tokens)))
+        windows = torch.from_numpy(text.windows.astype(np.int64))
+        hidden = model.hidden(windows)
+        for start in range(0, len(windows), _BATCH):
+            part = slice(start, start + _BATCH)
+            base = torch.from_numpy(np.array(states[part][: len(windows[part])])) @ model.base_output.T
+            parts.append(tuple(x.numpy() for x in compare(base, model.logits(hidden[part]), windows[part])))
     kl, nll, top1 = (np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True))
     return Divergence(kl, nll, top1, text.windows.shape[1], text.bytes_per_token)

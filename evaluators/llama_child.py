@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from compression.llama_symbols import LlamaError
 from evaluators.llama_cpp import EXPORT_AGAIN
 from evaluators.llama_runtime import LlamaModel
-from evaluators.llama_symbols import LlamaError
 
 
 def _logits(folder: Path, request: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluators import llama_symbols as llama
-from evaluators.llama_symbols import ffi
+from compression import llama_symbols as llama
+from compression.llama_symbols import ffi
 
 _UBATCH = 512  # tokens computed at once, llama.cpp's default
 
@@ -100,12 +100,7 @@ class LlamaModel:
         # llama.cpp aborts on this instead of reporting it.
         if self._lib.llama_vocab_type(self._vocab) == llama.VOCAB_NONE:
             raise ValueError("the file has no tokenizer")
-        raw = text.encode()
-        tokens, room = ffi.NULL, 0
-        # A negative answer is the room that is needed.
-        while (count := self._lib.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, True)) < 0:
-            tokens, room = ffi.new("int32_t[]", -count), -count
-        return [int(token) for token in tokens[0:count]] if count else []
+        return llama.tokenize(self._vocab, text)
 
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of one window, from an empty KV cache.

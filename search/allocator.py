@@ -12,7 +12,6 @@ from spaces.allocation import InfeasibleError, OptionClass, pareto, solve
 from spaces.carry import Carry
 from spaces.gguf_layout import padded
 from spaces.inventory import Tensor
-from spaces.quant_types import ladder
 from spaces.space import PORTABLE, RAGGED, Space
 
 
@@ -32,12 +31,12 @@ class Allocator:
         self.plain = [t for t in inventory.quantizable if not t.per_expert]
         self.stacked = [t for t in inventory.quantizable if t.per_expert]
         self._bytes = {
-            (t.name, n): np.array([carry.bytes(t.name, q, n) for q in ladder(t.row)], np.int64)
+            (t.name, n): np.array([carry.bytes(t.name, q, n) for q in space.ladder(t)], np.int64)
             for t in inventory.quantizable
             for n in (space.kept_options if t.per_expert else (inventory.experts,))
         }
         self._columns = {
-            t.name: np.array([model.index[t.name, q] for q in ladder(t.row)]) for t in inventory.quantizable
+            t.name: np.array([model.index[t.name, q] for q in space.ladder(t)]) for t in inventory.quantizable
         }
         self._router = {n: self._router_bytes(n) for n in space.kept_options}
         self._fixed = {form: self._fixed_bytes(form) for form in space.forms}
@@ -57,7 +56,7 @@ class Allocator:
         kept = dict.fromkeys(layers, most)
         if form == RAGGED and len(layers) > 1:
             kept[layers[0]] = space.kept_options[0]  # differing counts are stored as arrays
-        types = {t.name: ladder(t.row)[0] for t in space.inventory.quantizable}
+        types = {t.name: space.ladder(t)[0] for t in space.inventory.quantizable}
         top_k = dict.fromkeys(layers, space.inventory.top_k)
         top_k[layers[0]] = 1 if form == RAGGED else top_k[layers[0]]
         params = space.params(types, kept, space.criteria[0], top_k)
@@ -113,7 +112,7 @@ class Allocator:
                 continue
             cost = found.cost + sum(c for c, _ in chosen.values())
             if best is None or cost < best[0]:
-                types = {t.name: ladder(t.row)[i] for t, i in zip(tensors, found.choice, strict=True)}
+                types = {t.name: self.space.ladder(t)[i] for t, i in zip(tensors, found.choice, strict=True)}
                 best = (cost, kept, types, {layer: c for layer, (_, c) in chosen.items()})
         if best is None:
             raise InfeasibleError(self.limit, smallest or 0)
@@ -159,11 +158,11 @@ class Allocator:
             found = solve(classes, self.limit - self._fixed[RAGGED])
         except InfeasibleError as error:
             raise InfeasibleError(self.limit, error.smallest + self._fixed[RAGGED]) from error
-        types = {t.name: ladder(t.row)[i] for t, i in zip(self.plain, found.choice, strict=False)}
+        types = {t.name: self.space.ladder(t)[i] for t, i in zip(self.plain, found.choice, strict=False)}
         kept, criteria = {}, {}
         for layer, names, choice in zip(layers, labels, found.choice[len(self.plain) :], strict=True):
             kept[layer], criteria[layer], picks = names[choice]
             for t, i in zip((t for t in self.stacked if t.layer == layer), picks, strict=True):
-                types[t.name] = ladder(t.row)[i]
+                types[t.name] = self.space.ladder(t)[i]
         ks = None if top_k is None else {layer: min(top_k[layer], kept[layer]) for layer in layers}
         return space.params(types, kept, criteria, ks)

@@ -6,20 +6,15 @@ from typing import Any
 
 from search.allocator import Allocator
 from spaces.allocation import InfeasibleError
-from spaces.quant_types import LADDER, fitting, ladder
+from spaces.quant_types import LADDER
 from spaces.space import RAGGED, Space
 
 PAPER_RATIO = 0.75
 
 
 def _uniform_types(space: Space, type_name: str) -> dict[str, str]:
-    """One type for every tensor; rows it does not take get the nearest the ladder has."""
-    out = {}
-    for t in space.inventory.quantizable:
-        wanted = fitting(type_name, t.row)
-        steps = ladder(t.row)
-        out[t.name] = wanted if wanted in steps else steps[0]
-    return out
+    """One type for every tensor; rows it does not take get the nearest their ladder has."""
+    return {t.name: space.nearest(t, type_name) for t in space.inventory.quantizable}
 
 
 def _paper_types(space: Space, base: int) -> dict[str, str]:
@@ -35,8 +30,7 @@ def _paper_types(space: Space, base: int) -> dict[str, str]:
                 step += 1
             elif t.layer in middle:
                 step -= 1
-        type_name = fitting(LADDER[min(max(step, 0), len(LADDER) - 1)], t.row)
-        out[t.name] = type_name if type_name in ladder(t.row) else ladder(t.row)[0]
+        out[t.name] = space.nearest(t, LADDER[min(max(step, 0), len(LADDER) - 1)])
     return out
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spaces.quant_types import QUANT_TYPES, ladder
+from spaces.quant_types import QUANT_TYPES
 from spaces.space import Space
 
 Option = tuple[str, Any]
@@ -33,7 +33,7 @@ def probes(space: Space) -> list[Option]:
     inventory = space.inventory
     for tensor in inventory.quantizable:
         wanted = _PROBED_EXPERT_TYPES if tensor.per_expert else _PROBED_TYPES
-        types = [t for t in ladder(tensor.row) if t in wanted]
+        types = [t for t in space.ladder(tensor) if t in wanted] or list(space.ladder(tensor))
         # Q8_0 is lossless enough to be interpolated where a long ladder has Q5_K.
         out += [(tensor.name, t) for t in types if t != "Q8_0" or tensor.row % 256]
     for layer in inventory.moe_layers:
@@ -82,15 +82,15 @@ class CostModel:
         for tensor in inventory.quantizable:
             known = sorted(
                 (np.log(max(errors[tensor.name, t], 1e-12)), np.log(max(measured[tensor.name, t], _LEAST)))
-                for t in ladder(tensor.row)
+                for t in self.space.ladder(tensor)
                 if (tensor.name, t) in measured
             )
             if not known:  # rows no quantized type takes stay as they are
-                for t in ladder(tensor.row):
+                for t in self.space.ladder(tensor):
                     yield (tensor.name, t), 0.0
                 continue
             xs, ys = np.array([k[0] for k in known]), np.maximum.accumulate([k[1] for k in known])
-            for t in ladder(tensor.row):
+            for t in self.space.ladder(tensor):
                 exact = measured.get((tensor.name, t))
                 error = errors[tensor.name, t]
                 cost = exact if exact is not None else np.exp(_interpolate(np.log(max(error, 1e-12)), xs, ys))

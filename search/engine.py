@@ -10,8 +10,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from compression.calibration import Calibration
 from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from compression.gguf_export import with_tokenizer
+from compression.guards import warnings
 from evaluators.footprint import Footprint
 from evaluators.texts import WINDOW, TextSet
 from evaluators.throughput import Throughput
@@ -19,6 +21,7 @@ from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
 from search.console import Stages, console, problem_table
+from search.memory import streams
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
@@ -56,7 +59,13 @@ class Search:
         checkpoint = open_checkpoint(options.model, name)
         source = with_tokenizer(checkpoint) if options.export else checkpoint.inventory
         problem = make_problem(
-            source, options.model, options.target, options.budget, options.device, options.context
+            source,
+            options.model,
+            options.target,
+            options.budget,
+            options.device,
+            options.context,
+            options.types,
         )
         return cls(options, checkpoint, problem)
 
@@ -76,6 +85,7 @@ class Search:
             "runtime": o.runtime,
             "sampler": o.sampler,
             "seed": o.seed,
+            **({"types": " ".join(o.types)} if o.types else {}),
             "texts": " ".join(text.digest for text in texts.values()),
         }
 
@@ -85,7 +95,10 @@ class Search:
         everyone = tuple(range(self.checkpoint.inventory.experts))
         same = dict.fromkeys(self.checkpoint.inventory.moe_layers, everyone)
         space = Space(
-            self.checkpoint.inventory, {"reap": same, "mass": same, "paper": same}, self.options.runtime
+            self.checkpoint.inventory,
+            {"reap": same, "mass": same, "paper": same},
+            self.options.runtime,
+            self.options.types,
         )
         target = self.problem.target
         console.print(
@@ -114,6 +127,7 @@ class Search:
         setup = Setup(
             str(self.checkpoint.path), self.checkpoint.inventory.name, str(self.cache), o.runtime,
             o.tasks, o.limit, str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,
+            stream=streams(o.stream, self.checkpoint.inventory, o.workers), types=o.types,
         )  # fmt: skip
         pool = make_pool(setup, o.workers, o.ray_address)
         try:
@@ -155,6 +169,9 @@ class Running:
             stages.calibrate(self.pool, self.search.cache, advance)
         with self.stages.stage("quantization") as advance:
             errors = stages.quantize(self.pool, self.space, self.search.cache, advance)
+        self.warnings = warnings(self.calibration, self.space.inventory, errors)
+        for line in self.warnings:
+            console.print(f"note: {line}")
         with self.stages.stage("option costs") as advance:
             model = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance)
         problem = self.search.problem
@@ -169,6 +186,10 @@ class Running:
         )  # fmt: skip
         self._trials()
         return finish(self)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return Calibration.load(self.search.cache / "calibration.npz")
 
     @cached_property
     def space(self) -> Space:

@@ -1,47 +1,121 @@
-"""`python -m search.export --study NAME`: scores a trial again and writes it as a model."""
+"""`python -m search.export`: writes a trial of a study, or a candidate of a GGUF file, as a model."""
 
 from __future__ import annotations
 
+import argparse
+import os
 from pathlib import Path
 
 from search.commands import run_command
-from search.options import Parser, study_name
+from search.options import Parser, at_least, study_name
+from spaces.errors import UserError
+
+_OF_A_STUDY = ("trial", "storage")
+_OF_A_FILE = ("candidate", "uniform", "imatrix", "threads")
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m search.export",
-        description="Rebuilds a trial of a study, scores it again beside its record, and writes the model: "
-        "a .gguf file for a portable trial, a folder for a ragged one.",
+        description="With --study: rebuilds a trial of a study, scores it again beside its record, and "
+        "writes the model: a .gguf file for a portable trial, a folder for a ragged one. With --model: "
+        "applies a candidate to a GGUF file of any Mixture-of-Experts model that llama.cpp runs.",
     )
-    add = parser.add_argument
-    add("--study", required=True, metavar="NAME", help="name of the study")
-    add(
-        "--trial",
-        default="best",
-        metavar="best|N",
-        help="the study's winner, or a trial's number (default: best)",
+    study = parser.add_argument_group("a trial of a study")
+    study.add_argument("--study", metavar="NAME", help="name of the study")
+    study.add_argument(
+        "--trial", metavar="best|N", help="the study's winner, or a trial's number (default: best)"
     )
-    add("--storage", metavar="URL", help="Optuna storage of the study (default: runs/NAME/study.journal)")
-    add("--out", type=Path, metavar="FILE", help="where the model goes: a .gguf file or a folder "
-        "(default: runs/NAME/trial-N.gguf, or runs/NAME/trial-N)")  # fmt: skip
+    study.add_argument(
+        "--storage", metavar="URL", help="Optuna storage of the study (default: runs/NAME/study.journal)"
+    )
+    file = parser.add_argument_group("a candidate of a GGUF file")
+    file.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="the model, best in F16, BF16 or Q8_0; of a split one, any part",
+    )
+    file.add_argument(
+        "--candidate",
+        type=Path,
+        metavar="FILE",
+        help="candidate.json; tensors its types leave out keep the type they have",
+    )
+    file.add_argument(
+        "--uniform",
+        metavar="TYPE",
+        help="in place of --candidate: every expert, every tensor in TYPE; with --out FILE.json the "
+        "candidate itself is written, as a start for one of your own",
+    )
+    file.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="importance matrix by llama-imatrix, in GGUF format"
+    )
+    file.add_argument("--threads", type=int, metavar="N", help="threads that quantize (default: all)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the model goes: a .gguf file, or a folder for a ragged trial "
+        "(default for a trial: runs/NAME/trial-N.gguf, or runs/NAME/trial-N)",
+    )
     return parser
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked.
+
+    Raises:
+        UserError: The first option that is wrong or does not go with another.
+    """
+    args = _parser().parse_args(arguments)
+    if (args.study is None) == (args.model is None):
+        raise UserError(
+            "give --study NAME to export a trial, or --model FILE.gguf with --candidate FILE to compress "
+            f"a GGUF file, {'not both' if args.study is not None else 'one of them'} (see --help)"
+        )
+    chosen, other = ("--study", _OF_A_FILE) if args.model is None else ("--model", _OF_A_STUDY)
+    for option in other:
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} does not go with {chosen} (see --help)")
+    if args.model is None:
+        study_name(args.study)
+        return args
+    if (args.candidate is None) == (args.uniform is None):
+        raise UserError("--model needs one of --candidate FILE and --uniform TYPE (see --help)")
+    if args.out is None:
+        raise UserError("--model needs --out FILE.gguf (see --help)")
+    suffixes = (".gguf",) if args.uniform is None else (".gguf", ".json")
+    if args.out.suffix not in suffixes:
+        raise UserError(f"--out {args.out}: must end in {' or '.join(suffixes)} with --model")
+    if args.threads is None:
+        args.threads = os.cpu_count() or 1
+    at_least("--threads", args.threads, 1)
+    return args
+
+
 def main() -> None:
-    """Parses the command line, re-scores the trial and exports it."""
-    args = _parser().parse_args()
-    study_name(args.study)
+    """Parses the command line and writes a model."""
+    args = parse()
+    if args.model is None:
+        _export_trial(args)
+    else:
+        from search.export_gguf import export_candidate
+
+        export_candidate(args)
+
+
+def _export_trial(args: argparse.Namespace) -> None:
+    """Re-scores the trial and exports it."""
     from rich.table import Table
 
     from search.console import console
     from search.rebuild import OpenStudy
     from search.results import write_winner
     from spaces.budget import format_size
-    from spaces.errors import UserError
 
     opened = OpenStudy.open(args.study, args.storage)
-    trial = opened.trial(args.trial)
+    trial = opened.trial(args.trial or "best")
     candidate = opened.candidate(trial)
     default = f"trial-{trial.number}" + (".gguf" if candidate.portable else "")
     path = args.out or Path(opened.settings["out"]) / default

@@ -14,6 +14,7 @@ from spaces.budget import parse_size
 from spaces.devices import DEFAULT_DEVICE, DEVICES, Device, device
 from spaces.errors import UserError, unknown
 from spaces.inventory import published_targets
+from spaces.quant_types import LADDER
 from spaces.runtimes import RUNTIMES
 
 DEFAULT_TARGET = "deepseek-v3"
@@ -44,6 +45,8 @@ class Options:
     trials: int
     workers: int
     ray_address: str | None
+    types: tuple[str, ...]
+    stream: str
     sampler: str
     tasks: tuple[str, ...]
     tasks_path: Path | None
@@ -73,13 +76,18 @@ def _parser() -> Parser:
         help="bytes the target's weights may take, as 103GB or 96GiB",
     )
     add(
-        "--model", type=Path, metavar="DIR", help="checkpoint folder to search (default: the reference model)"
+        "--model",
+        type=Path,
+        metavar="DIR|FILE",
+        help="model to search: a checkpoint folder (safetensors), or a .gguf file in F32, F16, BF16 or Q8_0 "
+        "(default: the reference model)",
     )
     add(
         "--target",
-        metavar="NAME|DIR",
+        metavar="NAME|DIR|FILE",
         help=f"model the budget speaks of: {', '.join(published_targets())} or a "
-        f"folder with config.json (default: the model itself with --model, else {DEFAULT_TARGET})",
+        "folder with config.json or a .gguf file (default: the model itself with --model, else "
+        f"{DEFAULT_TARGET})",
     )
     add(
         "--device",
@@ -114,6 +122,19 @@ def _parser() -> Parser:
         default=os.cpu_count() or 1,
         metavar="N",
         help="Ray workers of one thread each; 0: this process, without Ray (default: %(default)s)",
+    )
+    add(
+        "--types",
+        default="",
+        metavar="A,B",
+        help="GGUF types to choose from (default: all of " + ", ".join(LADDER) + ")",
+    )
+    add(
+        "--stream",
+        default="auto",
+        choices=("auto", "yes", "no"),
+        help="hold one decoder layer at a time instead of the whole model in every worker (default: auto: "
+        "where the workers' models would not fit into free memory)",
     )
     add("--ray-address", metavar="ADDR", help="HOST:PORT of a Ray cluster to join, or auto")
     add(
@@ -168,6 +189,15 @@ def at_least(option: str, value: int, least: int) -> int:
     return value
 
 
+def weight_types(text: str) -> tuple[str, ...]:
+    """Distinct types of a comma-separated list, fewest bits first."""
+    names = [t.strip() for t in text.split(",") if t.strip()]
+    for name in names:
+        if name not in LADDER:
+            raise unknown("--types", name, LADDER)
+    return tuple(t for t in LADDER if t in names)
+
+
 def seed(value: int) -> int:
     """A seed that every sampler takes."""
     if not 0 <= value < 2**32:
@@ -220,6 +250,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         trials=at_least("--trials", args.trials, 1),
         workers=at_least("--workers", args.workers, 0),
         ray_address=args.ray_address,
+        types=weight_types(args.types),
+        stream=args.stream,
         sampler=args.sampler,
         tasks=tasks,
         tasks_path=args.tasks_path,

@@ -106,6 +106,7 @@ def _result(run: Running, verdict: Verdict) -> dict[str, Any]:
         "model": problem.source.name,
         "sampler": options.sampler,
         "seed": options.seed,
+        "notes": run.warnings,
         "trials": records,
         "front": pareto.front_of(records),
         "winners": verdict.won,

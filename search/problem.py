@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from spaces.architectures import open_inventory
+from compression.checkpoint import open_target
 from spaces.budget import Budget, format_size
 from spaces.carry import Carry
 from spaces.devices import Device
 from spaces.errors import UserError
 from spaces.inventory import Inventory
 from spaces.plan import Plan
-from spaces.quant_types import ladder
 from spaces.space import Space
 
 RESERVE = 8 * 10**9
@@ -29,6 +28,7 @@ class Problem:
     budget: Budget
     device: Device
     context: int
+    types: tuple[str, ...] = ()
 
     @cached_property
     def carry(self) -> Carry:
@@ -37,17 +37,24 @@ class Problem:
     @cached_property
     def smallest(self) -> int:
         """Target bytes of the smallest config: fewest experts, fewest bits."""
-        kept = Space(self.source, {}).kept_options[0]
+        space = Space(self.source, {}, types=self.types)
+        kept = space.kept_options[0]
         plan = Plan(
             kept=tuple((i, kept) for i in self.source.moe_layers),
             top_k=tuple((i, self.source.top_k) for i in self.source.moe_layers),
-            types=tuple((t.name, min(ladder(t.row), key=t.bytes)) for t in self.source.quantizable),
+            types=tuple((t.name, min(space.ladder(t), key=t.bytes)) for t in self.source.quantizable),
         )
         return self.target.file_bytes(self.carry.plan(plan))
 
 
 def make_problem(
-    source: Inventory, model: Path, target: str, size: int, device: Device, context: int
+    source: Inventory,
+    model: Path,
+    target: str,
+    size: int,
+    device: Device,
+    context: int,
+    types: tuple[str, ...] = (),
 ) -> Problem:
     """Puts a problem together and refuses what cannot be.
 
@@ -56,7 +63,7 @@ def make_problem(
             the smallest config.
     """
     same = Path(target).exists() and Path(target).resolve() == model.resolve()
-    goal = source if same else open_inventory(target)
+    goal = source if same else open_target(target)
     whole = goal.file_bytes(goal.uniform_plan("BF16"))
     if size > whole:
         raise UserError(
@@ -74,7 +81,7 @@ def make_problem(
         reserve=reserve,
     )
     budget.check()
-    problem = Problem(source, goal, budget, device, context)
+    problem = Problem(source, goal, budget, device, context, types)
     if problem.smallest > budget.limit:
         raise UserError(
             f"--budget {format_size(size)} is below the smallest possible config of {goal.name}, "

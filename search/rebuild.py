@@ -9,11 +9,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from compression.checkpoint import open_checkpoint, open_target
 from evaluators.texts import WINDOW
+from search.memory import streams
 from search.stages import SEARCH_TOKENS
 from search.study import finished, open_storage, window_scores
 from search.worker import Setup, Worker, bank_index, load_text
-from spaces.architectures import open_inventory
 from spaces.candidate import Candidate
 from spaces.carry import Carry
 from spaces.errors import UserError, unknown
@@ -55,6 +56,7 @@ class OpenStudy:
         cache = Path(settings["out"]) / "cache"
         if not (cache / "calibration.npz").exists() or not (cache / "bank.json").exists():
             raise UserError(f"{cache}: the study's calibration and bank are gone; run the search again")
+        inventory = open_checkpoint(Path(settings["model"]), settings["name"]).inventory
         worker = Worker(
             Setup(
                 str(settings["model"]),
@@ -62,6 +64,8 @@ class OpenStudy:
                 str(cache),
                 settings["runtime"],
                 exportable=settings["export"],
+                stream=streams(settings.get("stream", "auto"), inventory, 1),
+                types=tuple(settings.get("types", ())),
             )
         )
         worker.register([(n, t, key) for (n, t), (key, _) in bank_index(cache).items()])
@@ -107,7 +111,7 @@ class OpenStudy:
         target, model = self.settings["target"], self.settings["model"]
         if Path(target).exists() and Path(target).resolve() == Path(model).resolve():
             return Carry(source, source)
-        return Carry(source, open_inventory(target))
+        return Carry(source, open_target(target))
 
     def rescore(self, trial: FrozenTrial) -> dict[str, Any]:
         """Quality scores of a trial, measured again on the tokens it was measured on."""

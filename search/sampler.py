@@ -22,7 +22,6 @@ from search.posterior import Posterior
 from search.sampler_names import SAMPLERS
 from spaces.allocation import InfeasibleError
 from spaces.errors import unknown
-from spaces.quant_types import ladder
 from spaces.space import PORTABLE
 
 _RESAMPLES = 12
@@ -178,7 +177,7 @@ class FeasibleSampler(BaseSampler):
             return dict(params)
         costs = np.zeros(len(allocator.model.costs))
         for tensor in space.inventory.quantizable:
-            steps = ladder(tensor.row)
+            steps = space.ladder(tensor)
             wanted = steps.index(params[tensor.name])
             for i, type_name in enumerate(steps):
                 costs[allocator.model.index[tensor.name, type_name]] = (i - wanted) ** 2

@@ -16,7 +16,6 @@ from evaluators.texts import TextSet, make_windows, read_documents, split_docume
 from search.costs import CostModel, Option, probes
 from search.pool import Job, Pool
 from search.worker import bank_index, load_text, save_bank_index, save_text
-from spaces.quant_types import ladder
 from spaces.space import Space
 
 SEARCH_TOKENS = 16384
@@ -89,9 +88,9 @@ def quantize(pool: Pool, space: Space, cache: Path, progress: Progress) -> dict[
     total = done = 0
     # Largest first, so that the last worker is not left with the longest job.
     for tensor in sorted(space.inventory.quantizable, key=lambda t: -t.parameters):
-        missing = [t for t in ladder(tensor.row) if (tensor.name, t) not in index]
-        total += tensor.parameters * len(ladder(tensor.row))
-        done += tensor.parameters * (len(ladder(tensor.row)) - len(missing))
+        missing = [t for t in space.ladder(tensor) if (tensor.name, t) not in index]
+        total += tensor.parameters * len(space.ladder(tensor))
+        done += tensor.parameters * (len(space.ladder(tensor)) - len(missing))
         for chunk in [missing] if tensor.parameters < 2**18 else [[t] for t in missing]:
             if chunk:
                 jobs.append(("quantize", (tensor.name, chunk)))

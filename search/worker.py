@@ -31,6 +31,8 @@ class Setup:
         tasks: lm-eval tasks, with the items of each (`limit`) and a user's task folder.
         threads: Threads of torch.
         exportable: Whether the tokenizer goes into the inventory's metadata.
+        stream: Whether the model is streamed layer by layer instead of held in memory.
+        types: The only types to choose from; () for all.
     """
 
     checkpoint: str
@@ -42,6 +44,8 @@ class Setup:
     tasks_path: str | None = None
     threads: int = 1
     exportable: bool = True
+    stream: bool = False
+    types: tuple[str, ...] = ()
 
 
 def save_text(text: TextSet, folder: Path) -> None:
@@ -75,18 +79,6 @@ class Worker:
         return open_checkpoint(Path(self.setup.checkpoint), self.setup.name)
 
     @cached_property
-    def family(self) -> Any:
-        from compression.families import family
-
-        return family(self.checkpoint.inventory)
-
-    @cached_property
-    def raw_model(self) -> Any:
-        from compression.checkpoint import load_model
-
-        return load_model(self.checkpoint)
-
-    @cached_property
     def calibration(self) -> Any:
         from compression.calibration import Calibration
 
@@ -95,12 +87,20 @@ class Worker:
     @cached_property
     def model(self) -> Any:
         from compression.candidate_model import CandidateModel
+
+        return CandidateModel(self.checkpoint, self.inventory, self.bank, self.setup.stream)
+
+    @cached_property
+    def inventory(self) -> Any:
         from compression.gguf_export import with_tokenizer
+
+        return with_tokenizer(self.checkpoint) if self.setup.exportable else self.checkpoint.inventory
+
+    @cached_property
+    def bank(self) -> Any:
         from compression.variant_bank import VariantBank
 
-        inventory = with_tokenizer(self.checkpoint) if self.setup.exportable else self.checkpoint.inventory
-        bank = VariantBank(self.cache / "bank", self.calibration)
-        return CandidateModel(self.raw_model, inventory, self.family, bank)
+        return VariantBank(self.cache / "bank", keep=not self.setup.stream)
 
     @cached_property
     def space(self) -> Any:
@@ -108,7 +108,8 @@ class Worker:
         from spaces.space import Space
 
         inventory = self.checkpoint.inventory
-        return Space(inventory, rankings(self.calibration, inventory.moe_layers), self.setup.runtime)
+        ranked = rankings(self.calibration, inventory.moe_layers)
+        return Space(inventory, ranked, self.setup.runtime, self.setup.types)
 
     @cached_property
     def harness(self) -> Any:
@@ -135,10 +136,10 @@ class Worker:
 
     def calibrate(self) -> int:
         """Writes calibration.npz; returns the tokens it took."""
-        from compression.calibration import calibrate
+        from compression.calibrate import calibrate
 
         text = load_text("calibration", self.cache)
-        result = calibrate(self.raw_model, self.checkpoint.inventory, self.family, text.windows, text.digest)
+        result = calibrate(self.model, text.windows, text.digest)
         result.save(self.cache / "calibration.npz")
         return result.tokens
 
@@ -153,14 +154,20 @@ class Worker:
 
     def quantize(self, tensor: str, types: Sequence[str]) -> list[tuple[str, str, str, float]]:
         """(tensor, type, key, error) of each type, added to the bank."""
-        spec = self.model.inventory.by_name[tensor]
-        weights = self.model.weights(tensor)
-        return [(tensor, t, *self.model.bank.add(spec, t, weights)) for t in types]
+        part = self.checkpoint.family.by_name[tensor]
+        rows = self.bank.add(
+            part.tensor,
+            types,
+            lambda expert: self.checkpoint.weights.read(part, expert),
+            self.calibration.imatrix.get(tensor),
+            self.checkpoint.fingerprint,
+        )
+        return [(tensor, *row) for row in rows]
 
     def register(self, keys: Sequence[tuple[str, str, str]]) -> None:
         """Tells the worker under which key each (tensor, type) lies in the bank."""
         for tensor, type_name, key in keys:
-            self.model.bank.register(tensor, type_name, key)
+            self.bank.register(tensor, type_name, key)
 
     @cached_property
     def _sensitivity(self) -> dict[int, Any]:
@@ -204,12 +211,17 @@ class Worker:
         """Writes a candidate as a .gguf file, or as a folder; returns its bytes."""
         from compression.checkpoint_export import export_checkpoint
         from compression.gguf_export import export_gguf
+        from compression.guards import check_file
+        from compression.stored_model import StoredModel
         from spaces.candidate import Candidate
 
         chosen, out = Candidate.from_json(candidate), Path(path)
+        stored = StoredModel(self.checkpoint, self.inventory, self.bank)
         if out.suffix == ".gguf":
-            return export_gguf(self.model, chosen, out)
-        return export_checkpoint(self.model, chosen, self.checkpoint, out)
+            size = export_gguf(stored, chosen, out)
+            check_file(out, stored, chosen)
+            return size
+        return export_checkpoint(stored, chosen, self.checkpoint, out)
 
     def peak_memory(self) -> int:
         """Largest resident size of this process so far, bytes."""

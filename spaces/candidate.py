@@ -132,6 +132,11 @@ class Candidate:
                     f"{source}: layer {m.layer}: group-limited routing needs as many experts kept in each of "
                     f"the {inventory.groups} groups, got {sorted(counts)}"
                 )
+            if min(counts) < inventory.least_per_group:
+                raise UserError(
+                    f"{source}: layer {m.layer}: this family's router needs {inventory.least_per_group} "
+                    f"experts kept per group, got {min(counts)}"
+                )
         names = tuple(t.name for t in inventory.quantizable)
         if tuple(n for n, _ in self.types) != names:
             wrong = sorted(set(names) ^ {n for n, _ in self.types}) or ["their order"]

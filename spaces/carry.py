@@ -39,8 +39,9 @@ class Carry:
         """Experts the target keeps where the source keeps `experts`; whole numbers per group."""
         if self.source is self.target:
             return experts
-        per_group = self.target.experts // self.target.groups * experts / self.source.experts
-        return self.target.groups * max(1, round(per_group))
+        whole = self.target.experts // self.target.groups
+        per_group = max(self.target.least_per_group, round(whole * experts / self.source.experts))
+        return self.target.groups * per_group
 
     def top_k(self, top_k: int, kept: int) -> int:
         """Active experts of the target where the source has `top_k`; `kept` is the target's count."""

@@ -10,18 +10,34 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ALIGNMENT = 32
-_TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "array": 9, "u64": 10}
-_PACKING = {"u32": "<I", "i32": "<i", "f32": "<f", "bool": "<?", "u64": "<Q"}
+TYPE_IDS = {
+    "u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "array": 9,
+    "u64": 10, "i64": 11, "f64": 12,
+}  # fmt: skip
+"""GGUF's numbers of the kinds of metadata."""
+
+PACKING = {
+    "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?",
+    "u64": "Q", "i64": "q", "f64": "d",
+}  # fmt: skip
+"""The letters `struct` has for the kinds of one size."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A metadata value: `kind` is one of u32, i32, f32, bool, str; a tuple is an array of it."""
+    """A metadata value.
+
+    Attributes:
+        kind: One of `TYPE_IDS`; of an array, that of its elements.
+        value: A tuple is an array. The elements of kind `array` are Values that are arrays themselves.
+            Bytes of a string that are not UTF-8 are lone surrogates, as `surrogateescape` makes them.
+    """
 
     kind: str
-    value: int | float | bool | str | tuple[int | float | bool | str, ...]
+    value: int | float | bool | str | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -46,23 +62,31 @@ def padded(size: int) -> int:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode("utf-8")
+    raw = text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _scalar(kind: str, value: int | float | bool | str) -> bytes:
-    return _string(str(value)) if kind == "str" else struct.pack(_PACKING[kind], value)
+def _array(item: Value) -> bytes:
+    values = item.value
+    if not isinstance(values, tuple):
+        raise TypeError(f"an element of an array of arrays must be an array, got {type(values).__name__}")
+    head = struct.pack("<IQ", TYPE_IDS[item.kind], len(values))
+    if item.kind == "str":
+        return head + b"".join(_string(str(v)) for v in values)
+    if item.kind == "array":
+        return head + b"".join(_array(v) for v in values)
+    return head + struct.pack(f"<{len(values)}{PACKING[item.kind]}", *values)
 
 
 def _metadata(metadata: Mapping[str, Value]) -> Iterable[bytes]:
     for key, item in metadata.items():
         yield _string(key)
         if isinstance(item.value, tuple):
-            yield struct.pack("<IIQ", _TYPE_IDS["array"], _TYPE_IDS[item.kind], len(item.value))
-            for value in item.value:
-                yield _scalar(item.kind, value)
+            yield struct.pack("<I", TYPE_IDS["array"]) + _array(item)
+        elif item.kind == "str":
+            yield struct.pack("<I", TYPE_IDS["str"]) + _string(str(item.value))
         else:
-            yield struct.pack("<I", _TYPE_IDS[item.kind]) + _scalar(item.kind, item.value)
+            yield struct.pack(f"<I{PACKING[item.kind]}", TYPE_IDS[item.kind], item.value)
 
 
 def header(metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> bytes:

@@ -30,7 +30,8 @@ class Tensor:
         role: The name without block number and suffix (`ffn_gate_exps`).
         layer: Block number, None outside the blocks.
         per_expert: The first axis counts routed experts.
-        quantizable: The search may choose its type; otherwise it stays F32.
+        quantizable: The search may choose its type; otherwise it stays as it is.
+        fixed_type: GGUF type of a tensor that is not quantizable.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Tensor:
     layer: int | None
     per_expert: bool = False
     quantizable: bool = True
+    fixed_type: str = "F32"
 
     @property
     def row(self) -> int:
@@ -72,10 +74,11 @@ class Inventory:
         moe_layers: Blocks with routed experts.
         experts, top_k: Routed experts of such a block, and those active per token.
         groups: Expert groups of group-limited routing, 1 where there are none.
-        kv_values: Numbers the KV cache holds per token and layer.
+        kv_values: Numbers the KV cache holds per token, all layers together.
         vocabulary, hidden, heads: As in the config.
         context: Longest context the model was made for.
         tokenizer_bytes: Bytes of the tokenizer's metadata; estimated until known.
+        least_per_group: Experts that must stay in a group (in all, without groups).
     """
 
     name: str
@@ -95,6 +98,7 @@ class Inventory:
     heads: int
     context: int
     tokenizer_bytes: int
+    least_per_group: int = 1
 
     @cached_property
     def by_name(self) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ class Inventory:
         types, kept = dict(plan.types), dict(plan.kept)
         infos = []
         for t in self.tensors:
-            type_name = types[t.name] if t.quantizable else "F32"
+            type_name = types[t.name] if t.quantizable else t.fixed_type
             experts = None if t.layer is None else kept.get(t.layer)
             shape = t.kept_shape(experts)
             infos.append(TensorInfo(t.name, shape, quant_type(type_name).id, t.bytes(type_name, experts)))
@@ -147,7 +151,7 @@ class Inventory:
 
     def kv_cache_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         """Bytes of the KV cache for `context` tokens (MLA keeps the latent and the rotary key)."""
-        return self.layers * self.kv_values * context * bytes_per_value
+        return self.kv_values * context * bytes_per_value
 
     def compute_buffer_bytes(self, context: int, batch: int = 512) -> int:
         """Activations of one micro-batch in float32: logits, hidden states, attention scores."""

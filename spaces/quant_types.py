@@ -86,8 +86,16 @@ def fitting(name: str, row: int) -> str:
     return short if QUANT_TYPES[short].fits(row) else "F16"
 
 
-def ladder(row: int) -> tuple[str, ...]:
-    """Types the search may give to rows of `row` weights, fewest bits first."""
+def ladder(row: int, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Types the search may give to rows of `row` weights, fewest bits first.
+
+    Args:
+        row: Weights of a row.
+        allowed: Only these types, or what llama-quantize falls back to from them; () for all.
+    """
+    if allowed:
+        types = {fitting(t, row) for t in allowed}
+        return tuple(sorted(types, key=lambda t: (QUANT_TYPES[t].bits_per_weight, t)))
     if row % 256 == 0:
         return LADDER
     return SHORT_LADDER if row % 32 == 0 else ("BF16",)

@@ -19,8 +19,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, dist
 
 from spaces.candidate import Candidate, MoeLayer
 from spaces.errors import unknown
-from spaces.inventory import Inventory
-from spaces.quant_types import ladder
+from spaces.inventory import Inventory, Tensor
+from spaces.quant_types import fitting, ladder
 from spaces.runtimes import RUNTIMES
 
 PORTABLE, RAGGED = "portable", "ragged"
@@ -50,11 +50,13 @@ class Space:
         inventory: The model that is searched.
         rankings: criterion -> layer -> experts, most important first.
         runtime: Name in `spaces.runtimes.RUNTIMES`.
+        types: The only types to choose from; () for all.
     """
 
     inventory: Inventory
     rankings: Mapping[str, Mapping[int, tuple[int, ...]]]
     runtime: str = "any"
+    types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -73,10 +75,21 @@ class Space:
     def kept_options(self) -> tuple[int, ...]:
         """Expert counts, fewest first: sixteenths, whole per group, never below the model's top-k."""
         experts, groups = self.inventory.experts, self.inventory.groups
-        # transformers ranks a group (all experts, where there are none) by its two best.
-        least = min(experts, max(self.inventory.top_k, experts // 4, 2 * groups))
+        per_group = self.inventory.least_per_group
+        least = min(experts, max(self.inventory.top_k, experts // 4, per_group * groups))
         counts = {round(experts * s / _STEPS / groups) * groups for s in range(1, _STEPS + 1)}
         return tuple(sorted(n for n in counts if least <= n <= experts))
+
+    def ladder(self, tensor: Tensor) -> tuple[str, ...]:
+        """Types a tensor may take, fewest bits first."""
+        return ladder(tensor.row, self.types)
+
+    def nearest(self, tensor: Tensor, type_name: str) -> str:
+        """`type_name`, what llama-quantize falls back to, or the tensor's type of the nearest size."""
+        wanted, steps = fitting(type_name, tensor.row), self.ladder(tensor)
+        if wanted in steps:
+            return wanted
+        return min(steps, key=lambda t: abs(tensor.bytes(t) - tensor.bytes(wanted)))
 
     @cached_property
     def top_k_options(self) -> tuple[int, ...]:
@@ -96,7 +109,7 @@ class Space:
                 out[f"blk.{layer}.top_k"] = CategoricalDistribution(self.top_k_options)
             out[f"blk.{layer}.criterion"] = CategoricalDistribution(self.criteria)
         for tensor in self.inventory.quantizable:
-            out[tensor.name] = CategoricalDistribution(ladder(tensor.row))
+            out[tensor.name] = CategoricalDistribution(self.ladder(tensor))
         return out
 
     @cached_property
@@ -112,7 +125,7 @@ class Space:
         import math
 
         layers = len(self.inventory.moe_layers)
-        types = sum(math.log10(len(ladder(t.row))) for t in self.inventory.quantizable)
+        types = sum(math.log10(len(self.ladder(t))) for t in self.inventory.quantizable)
         per_layer = math.log10(len(self.kept_options) * len(self.top_k_options) * len(self.criteria))
         return types + (per_layer * layers if RAGGED in self.forms else per_layer)
 

@@ -84,25 +84,21 @@ def tiny_texts(tiny_checkpoint: Path) -> dict[str, TextSet]:
 
 @pytest.fixture(scope="session")
 def tiny_calibration(tiny: Checkpoint, tiny_texts: dict[str, TextSet]) -> Calibration:
-    from compression.calibration import calibrate
-    from compression.checkpoint import load_model
-    from compression.families import family
+    from compression.calibrate import calibrate
+    from compression.candidate_model import CandidateModel
+    from compression.variant_bank import VariantBank
 
     text = tiny_texts["calibration"]
-    return calibrate(load_model(tiny), tiny.inventory, family(tiny.inventory), text.windows, text.digest)
+    model = CandidateModel(tiny, tiny.inventory, VariantBank(Path("unused")))
+    return calibrate(model, text.windows, text.digest)
 
 
 @pytest.fixture(scope="session")
-def _shared_model(
-    tiny: Checkpoint, tiny_calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
-) -> CandidateModel:
+def _shared_model(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> CandidateModel:
     from compression.candidate_model import CandidateModel
-    from compression.checkpoint import load_model
-    from compression.families import family
     from compression.variant_bank import VariantBank
 
-    bank = VariantBank(tmp_path_factory.mktemp("bank"), tiny_calibration)
-    return CandidateModel(load_model(tiny), tiny.inventory, family(tiny.inventory), bank)
+    return CandidateModel(tiny, tiny.inventory, VariantBank(tmp_path_factory.mktemp("bank")))
 
 
 @pytest.fixture

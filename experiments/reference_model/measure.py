@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from compression.calibration import calibrate
+from compression.calibrate import calibrate
 from compression.candidate_model import CandidateModel
-from compression.checkpoint import load_model, load_tokenizer, open_checkpoint
+from compression.checkpoint import load_tokenizer, open_checkpoint
 from compression.expert_pruning import CRITERIA, rankings
-from compression.families import family
+from compression.families.parts import Part
 from compression.variant_bank import VariantBank
 from evaluators.divergence import base_states, measure
 from evaluators.texts import TextSet, make_windows, read_documents
@@ -29,25 +29,26 @@ HERE = Path(__file__).resolve().parent
 _TOKENS = 24576
 
 
-def routed_mass(model: Any, of_family: Any, layers: tuple[int, ...], text: TextSet) -> dict[str, list[float]]:
+def routed_mass(model: CandidateModel, text: TextSet) -> dict[str, list[float]]:
     """Source to the share of routed tokens that the busiest quarter of each layer's experts takes."""
     import torch
 
+    layers = model.inventory.moe_layers
     counts: dict[int, np.ndarray] = {}
     handles = []
     for layer in layers:
 
         def count(m: Any, args: Any, out: Any, layer: int = layer) -> None:
-            found = np.bincount(out[2].flatten().numpy(), minlength=m.weight.shape[0])
+            found = np.bincount(out[2].flatten().numpy(), minlength=model.inventory.experts)
             counts[layer] = counts.get(layer, 0) + found
 
-        handles.append(of_family.moe(model, layer).gate.register_forward_hook(count))
+        handles.append(model.shell.router(layer).module.register_forward_hook(count))
     shares: dict[str, list[float]] = {}
     for source in sorted(set(text.sources)):
         counts.clear()
         rows = text.windows[np.array([s == source for s in text.sources])]
         with torch.inference_mode():
-            model(torch.from_numpy(rows.astype(np.int64)), use_cache=False)
+            model.hidden(torch.from_numpy(rows.astype(np.int64)))
         shares[source] = []
         for layer in layers:
             ordered = np.sort(counts[layer])[::-1]
@@ -63,24 +64,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "measure.json")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
-    inventory, model = checkpoint.inventory, load_model(checkpoint)
-    of_family, tokenizer = family(inventory), load_tokenizer(checkpoint.path)
+    inventory, tokenizer = checkpoint.inventory, load_tokenizer(checkpoint.path)
 
     def text(name: str) -> TextSet:
         documents = read_documents(HERE / "texts" / f"{name}.jsonl", "text")
         return make_windows(name, documents, tokenizer, _TOKENS)
 
     report, calibration_text = text("report"), text("calibration")
-    shares = routed_mass(model, of_family, inventory.moe_layers, report)
-    calibration = calibrate(model, inventory, of_family, calibration_text.windows, calibration_text.digest)
     with tempfile.TemporaryDirectory() as folder:
-        candidate = CandidateModel(model, inventory, of_family, VariantBank(Path(folder), calibration))
+        candidate = CandidateModel(checkpoint, inventory, VariantBank(Path(folder)))
+        shares = routed_mass(candidate, report)
+        calibration = calibrate(candidate, calibration_text.windows, calibration_text.digest)
         base_states(candidate, report, Path(folder) / "base.npy")
         states = np.load(Path(folder) / "base.npy")
         base = measure(candidate, report, states)
         damage: dict[str, float] = {}
         for tensor in (t for t in inventory.quantizable if t.per_expert):
-            key, _ = candidate.bank.add(tensor, "IQ1_S", candidate.weights(tensor.name))
+            part, imatrix = checkpoint.family.by_name[tensor.name], calibration.imatrix[tensor.name]
+
+            def read(expert: int | None, part: Part = part) -> np.ndarray:
+                return checkpoint.weights.read(part, expert)
+
+            ((_, key, _),) = candidate.bank.add(tensor, ["IQ1_S"], read, imatrix, checkpoint.fingerprint)
             candidate.bank.register(tensor.name, "IQ1_S", key)
             candidate.set_type(tensor.name, "IQ1_S")
         damage["experts at IQ1_S"] = measure(candidate, report, states).mean_kl

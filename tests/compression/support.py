@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from compression.calibration import Calibration
 from compression.candidate_model import CandidateModel
 from spaces.candidate import Candidate, MoeLayer
 from spaces.errors import UserError
@@ -18,11 +19,6 @@ from spaces.inventory import Inventory
 EVERY = tuple(range(8))
 LONG = ("Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "Q5_K")  # for rows of 256
 SHORT = ("Q8_0", "Q5_0", "BF16", "IQ4_NL")
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    """Marks what is known to be wrong in the product; fails as soon as it is not."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def candidate(
@@ -51,11 +47,17 @@ def mixed_types(inventory: Inventory) -> dict[str, str]:
     }
 
 
-def provide(model: CandidateModel, wanted: Candidate) -> Candidate:
-    """Puts all that a candidate needs into the bank."""
+def reader(model: CandidateModel, name: str) -> Callable[[int | None], np.ndarray]:
+    """What gives the bank a tensor's weights."""
+    return lambda expert: model.weights.read(model.family.by_name[name], expert)
+
+
+def provide(model: CandidateModel, wanted: Candidate, calibration: Calibration | None = None) -> Candidate:
+    """Puts all that a candidate needs into the bank; without a calibration, types must do without imatrix."""
     for name, type_name in wanted.types:
         tensor = model.inventory.by_name[name]
-        key, _ = model.bank.add(tensor, type_name, model.weights(name))
+        imatrix = None if calibration is None else calibration.imatrix.get(name)
+        ((_, key, _),) = model.bank.add(tensor, [type_name], reader(model, name), imatrix, "tiny")
         model.bank.register(name, type_name, key)
     return wanted
 

@@ -13,14 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compression.calibration import STATISTICS, Calibration, calibrate
-from compression.checkpoint import Checkpoint, load_model
-from compression.families import family
+from compression.calibrate import calibrate
+from compression.calibration import STATISTICS, Calibration
+from compression.candidate_model import CandidateModel
+from compression.checkpoint import Checkpoint
+from compression.variant_bank import VariantBank
 from evaluators.texts import TextSet
 from tests.compression.support import logits, refused
 
 LAYERS, EXPERTS, TOP_K = (1, 2), 8, 2
 UNREACHABLE = 5
+
+
+def fresh(checkpoint: Checkpoint, stream: bool = False) -> CandidateModel:
+    """A model nobody shares, which never asks for a quantized tensor."""
+    return CandidateModel(checkpoint, checkpoint.inventory, VariantBank(Path("unused")), stream)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +36,14 @@ def run(tiny: Checkpoint, tiny_texts: dict[str, TextSet]) -> SimpleNamespace:
 
     Expert 5 of layer 1 cannot be chosen. Ten windows are more than a batch and no multiple of it.
     """
-    model, windows = load_model(tiny), tiny_texts["calibration"].windows[:10]
-    model.model.layers[1].mlp.gate.e_score_correction_bias[UNREACHABLE] = -100.0
+    compressed = fresh(tiny)
+    model, windows = compressed.model, tiny_texts["calibration"].windows[:10]
+    bias = compressed.shell.router(1).full["e_score_correction_bias"]
+    bias[UNREACHABLE] = -100.0
+    compressed.reset()
     before = logits(model, windows[:2])
     seen: list[int] = []
-    result = calibrate(model, tiny.inventory, family(tiny.inventory), windows, "a name", seen.append)
+    result = calibrate(compressed, windows, "a name", seen.append)
     after = logits(model, windows[:2])
 
     inputs: dict[str, list[Tensor]] = {}
@@ -179,14 +189,32 @@ def test_calibration_leaves_the_model_as_it_was(run: SimpleNamespace) -> None:
     assert not [m for m in run.model.modules() if "forward" in vars(m)]
 
 
-def test_a_pass_that_fails_leaves_no_hooks(tiny: Checkpoint) -> None:
-    model = load_model(tiny)
-    with pytest.raises(IndexError):
-        calibrate(model, tiny.inventory, family(tiny.inventory), np.full((1, 8), 4096), "text")
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert "forward" not in vars(module)
+def hooks(model: CandidateModel) -> dict[str, tuple[int, int]]:
+    """How many hooks watch each module, of those that any watch."""
+    found = {n: (len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in model.model.named_modules()}
+    return {name: counts for name, counts in found.items() if any(counts)}
+
+
+@pytest.mark.parametrize("failing", ["self_attn.o_proj", "mlp.gate", "mlp.shared_experts.down_proj"])
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
+def test_a_pass_that_fails_leaves_no_hooks(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, failing: str, stream: bool
+) -> None:
+    def broken(*args: Any) -> None:
+        raise MemoryError(failing)
+
+    compressed, windows = fresh(tiny, stream), np.arange(16)[None]
+    before = hooks(compressed)
+    with monkeypatch.context() as patch:
+        module = compressed.model.model.layers[1].get_submodule(failing)
+        patch.setattr(module, "forward", broken)
+        with pytest.raises(MemoryError, match=failing):
+            calibrate(compressed, windows, "text")
+    assert hooks(compressed) == before
+    assert not [m for m in compressed.model.modules() if "forward" in vars(m)]
+    again = calibrate(compressed, windows, "text")
+    expected = calibrate(fresh(tiny), windows, "text")
+    assert all(np.array_equal(again.routing[name], expected.routing[name]) for name in STATISTICS)
 
 
 def test_progress_counts_tokens_up_to_the_last(run: SimpleNamespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import gguf
 import numpy as np
 import pytest
 
-from compression.calibration import calibrate
+from compression.calibrate import calibrate
+from compression.calibration import Calibration
 from compression.candidate_model import CandidateModel
-from compression.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from compression.expert_pruning import rankings
-from compression.families import family
 from compression.gguf_export import export_gguf, tensor_data, with_tokenizer
 from compression.variant_bank import VariantBank
 from evaluators.llama_cpp import file_logits, probe_file
@@ -48,11 +49,10 @@ def windows(tiny_texts: dict[str, TextSet]) -> np.ndarray:
 
 
 @pytest.fixture
-def mixed(tiny_model: CandidateModel) -> Candidate:
+def mixed(tiny_model: CandidateModel, tiny_calibration: Calibration) -> Candidate:
     """Portable, pruned, with many types."""
-    return provide(
-        tiny_model, candidate(tiny_model.inventory, PRUNED, None, mixed_types(tiny_model.inventory))
-    )
+    wanted = candidate(tiny_model.inventory, PRUNED, None, mixed_types(tiny_model.inventory))
+    return provide(tiny_model, wanted, tiny_calibration)
 
 
 @pytest.fixture
@@ -171,20 +171,20 @@ def test_llama_cpp_scores_a_pruned_mixed_file_as_the_evaluator_does(
 @pytest.mark.timeout(3000)
 def test_llama_cpp_scores_the_reference_model_as_the_evaluator_does(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(REFERENCE / "checkpoint")
-    inventory, model = with_tokenizer(checkpoint), load_model(checkpoint)
-    tokenizer, of_family = load_tokenizer(checkpoint.path), family(inventory)
+    inventory, tokenizer = with_tokenizer(checkpoint), load_tokenizer(checkpoint.path)
     text = {
         name: make_windows(
             name, read_documents(REFERENCE / "texts" / f"{name}.jsonl", "--text"), tokenizer, tokens
         )
         for name, tokens in (("calibration", 16 * WINDOW), ("report", 8 * WINDOW))
     }
-    calibration = calibrate(model, inventory, of_family, text["calibration"].windows, "calibration")
-    compressed = CandidateModel(model, inventory, of_family, VariantBank(tmp_path / "bank", calibration))
+    compressed = CandidateModel(checkpoint, inventory, VariantBank(tmp_path / "bank"))
+    calibration = calibrate(compressed, text["calibration"].windows, "calibration")
     ranking = rankings(calibration, inventory.moe_layers)["reap"]
     layers = tuple(MoeLayer(i, tuple(sorted(ranking[i][:12])), 3) for i in inventory.moe_layers)
     types = tuple(mixed_types(inventory).items())
-    wanted, windows = provide(compressed, Candidate(layers, types)), text["report"].windows
+    wanted = provide(compressed, Candidate(layers, types), calibration)
+    windows = text["report"].windows
     base = logits(compressed, windows)
     compressed.apply(wanted)
     own = logits(compressed, windows)
@@ -245,10 +245,12 @@ def test_an_export_that_fails_midway_leaves_what_was_there(
         path.parent.mkdir()
         path.write_bytes(b"an older file")
 
-    def failing(model: CandidateModel, wanted: Candidate, name: str) -> np.ndarray:
-        if name == "blk.1.attn_output.weight":
+    def failing(model: CandidateModel, wanted: Candidate, name: str) -> Iterator[np.ndarray]:
+        pieces = list(tensor_data(model, wanted, name))
+        yield pieces[0]
+        if name == "blk.1.ffn_up_exps.weight":
             raise OSError(28, "No space left on device")
-        return tensor_data(model, wanted, name)
+        yield from pieces[1:]
 
     monkeypatch.setattr("compression.gguf_export.tensor_data", failing)
     with pytest.raises(OSError, match="No space"):
@@ -259,9 +261,10 @@ def test_an_export_that_fails_midway_leaves_what_was_there(
 def test_a_tensor_of_unpredicted_size_is_not_written(
     tiny_model: CandidateModel, mixed: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "compression.gguf_export.tensor_data", lambda *args: np.ascontiguousarray(tensor_data(*args)[:-1])
-    )
+    def short(*args: Any) -> Iterator[np.ndarray]:
+        yield next(tensor_data(*args))[:-1]
+
+    monkeypatch.setattr("compression.gguf_export.tensor_data", short)
     with pytest.raises(RuntimeError, match=r"token_embd\.weight: .* were predicted"):
         export_gguf(tiny_model, mixed, tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())
@@ -336,7 +339,8 @@ def write_unchecked(
     with path.open("wb") as stream:
         stream.write(header(metadata, infos))
         for info in infos:
-            stream.write(np.ascontiguousarray(tensor_data(model, wanted, info.name)).tobytes())
+            for piece in tensor_data(model, wanted, info.name):
+                stream.write(piece.tobytes())
             stream.write(b"\0" * (-info.size % ALIGNMENT))
     return path
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DeepseekV3ForCausalLM
 
+from compression.llama_symbols import LlamaError, check_layout, library
 from evaluators.llama_runtime import LlamaModel
-from evaluators.llama_symbols import LlamaError, check_layout, library
 from tests.evaluators.tiny_deepseek import (
     CONFIG,
     MERGES,

@@ -15,7 +15,7 @@ from evaluators.divergence import base_states, measure
 from evaluators.sensitivity import Sensitivity
 from evaluators.texts import TextSet
 from spaces.space import Space
-from tests.compression.support import logits
+from tests.compression.support import logits, reader
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ TYPES = (
 
 
 def add(model: CandidateModel, name: str, type_name: str) -> None:
-    key, _ = model.bank.add(model.inventory.by_name[name], type_name, model.weights(name))
+    tensor = model.inventory.by_name[name]
+    ((_, key, _),) = model.bank.add(tensor, [type_name], reader(model, name), None, "tiny")
     model.bank.register(name, type_name, key)
 
 
@@ -140,6 +141,19 @@ def test_a_measure_that_fails_leaves_no_trace(
 def test_nothing_changed_costs_nothing(sensitivity: Sensitivity) -> None:
     for option in (("blk.2.top_k", 2), ("blk.2.experts", (8, "reap"))):
         assert abs(sensitivity.kl(*option)) < 1e-7
+
+
+def test_a_streamed_model_has_the_same_costs(
+    tiny_model: CandidateModel, sensitivity: Sensitivity, space: Space, text: TextSet
+) -> None:
+    streamed = CandidateModel(tiny_model.checkpoint, tiny_model.inventory, tiny_model.bank, stream=True)
+    other = Sensitivity(streamed, space, text)
+    options: list[tuple[str, Any]] = [
+        ("blk.1.experts", (3, "reap")), ("blk.2.experts", (5, "mass")), ("blk.1.top_k", 1),
+        ("blk.1.ffn_gate_exps.weight", "Q2_K"), ("output.weight", "Q2_K"), ("token_embd.weight", "Q2_K"),
+    ]  # fmt: skip
+    for option in options:
+        assert other.kl(*option) == sensitivity.kl(*option) > 0
 
 
 def test_it_starts_from_the_uncompressed_model(

@@ -9,10 +9,10 @@ import pytest
 
 from compression.candidate_model import CandidateModel
 from compression.checkpoint import Checkpoint
+from compression.families import open_inventory
 from compression.gguf_export import export_gguf
 from evaluators.footprint import Footprint
 from evaluators.throughput import Throughput, bytes_per_token
-from spaces.architectures import open_inventory
 from spaces.budget import Budget
 from spaces.carry import Carry
 from spaces.devices import DEVICES

@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compression.families import describe
 from experiments.reference_model.corpus import SPLITS, _pieces, split_of
 from experiments.reference_model.network import Moe, Network, Shape, parameter_count
 from experiments.reference_model.optimizer import Optimizer, orthogonalize
 from experiments.reference_model.tokenizer import END_OF_TEXT, pack
 from experiments.reference_model.train import Batches, rebalance, write_checkpoint
-from spaces.architectures import describe
 from spaces.inventory import read_config
 from tests.conftest import REFERENCE
 

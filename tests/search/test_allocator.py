@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from compression.families import open_inventory
 from search.allocator import Allocator
 from spaces.allocation import InfeasibleError
-from spaces.architectures import open_inventory
 from spaces.gguf_layout import header, padded
 from spaces.plan import Plan
 from spaces.quant_types import QUANT_TYPES, ladder

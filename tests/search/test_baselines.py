@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from compression.families import open_inventory
 from search.allocator import Allocator
 from search.baselines import baselines
-from spaces.architectures import open_inventory
 from spaces.quant_types import LADDER, quant_type
 from spaces.space import RAGGED
 from tests.search import synthetic

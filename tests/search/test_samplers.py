@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
+from compression.families import open_inventory
 from search.allocator import Allocator
 from search.posterior import Posterior
 from search.sampler import KnapsackSampler, make_sampler
 from search.sampler_names import SAMPLERS
-from spaces.architectures import open_inventory
 from spaces.errors import UserError
 from spaces.space import PORTABLE, RAGGED
 from tests.search import synthetic

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from spaces.candidate import Candidate, MoeLayer
 from spaces.errors import UserError
+from spaces.inventory import Inventory
 from tests.spaces import tiny
 
 MODEL = tiny.inventory()
@@ -128,10 +129,22 @@ def test_group_limited_routing_needs_even_groups() -> None:
         return replace(uniform, layers=(replace(first, experts=experts, top_k=1), *rest))
 
     keep(0, 1, 4, 5, 8, 9, 12, 13).validate(GROUPED)
-    keep(3, 4, 11, 12).validate(GROUPED)
+    keep(2, 3, 4, 5, 8, 11, 12, 15).validate(GROUPED)
     for uneven in ((0, 1, 2, 3), (0, 4, 8), (0, 1, 4, 5, 8, 9, 12), (0, 1, 4, 8, 12)):
         with pytest.raises(UserError, match="each of the 4 groups"):
             keep(*uneven).validate(GROUPED)
+
+
+@pytest.mark.parametrize(("model", "experts"), [(MODEL, (4,)), (GROUPED, (3, 4, 11, 12))])
+def test_a_router_that_ranks_groups_by_two_experts_needs_two_of_each(
+    model: Inventory, experts: tuple[int, ...]
+) -> None:
+    uniform = Candidate.uniform(model, "Q4_K")
+    few = replace(uniform.layers[0], experts=experts, top_k=1)
+    wanted = replace(uniform, layers=(few, *uniform.layers[1:]))
+    with pytest.raises(UserError, match=r"layer 1: .* needs 2 experts kept per group, got 1"):
+        wanted.validate(model)
+    wanted.validate(replace(model, least_per_group=1))
 
 
 def test_portable_means_one_count_and_one_top_k() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spaces.architectures import open_inventory
+from compression.families import open_inventory
 from spaces.candidate import Candidate, MoeLayer
 from spaces.carry import Carry
 from spaces.gguf_layout import header, padded

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spaces.architectures import open_inventory
+from compression.families import open_inventory
 from spaces.errors import UserError
 from spaces.quant_types import ladder
 from spaces.space import PORTABLE, RAGGED, Space, pick
@@ -22,7 +22,7 @@ SPACES = [
     tiny.space("llama.cpp", **tiny.GROUPED),
     tiny.space(n_routed_experts=7, num_experts_per_tok=3),
     tiny.space(n_routed_experts=3, num_experts_per_tok=3),
-    tiny.space(n_routed_experts=1, num_experts_per_tok=1),
+    tiny.space(n_routed_experts=2, num_experts_per_tok=1),
     tiny.space(n_routed_experts=64, num_hidden_layers=2, n_group=8),
     tiny.space(first_k_dense_replace=0, qk_nope_head_dim=48, kv_lora_rank=96),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from spaces.architectures import describe
+from compression.families import describe
 from spaces.inventory import Inventory
 from spaces.plan import Plan
 from spaces.quant_types import ladder
@@ -54,7 +54,7 @@ def random_params(of: Space, rng: random.Random) -> dict[str, Any]:
 def random_plan(model: Inventory, rng: random.Random) -> Plan:
     """Counts and types that differ from layer to layer."""
     per_group = model.experts // model.groups
-    kept = {i: model.groups * rng.randint(1, per_group) for i in model.moe_layers}
+    kept = {i: model.groups * rng.randint(model.least_per_group, per_group) for i in model.moe_layers}
     return Plan(
         kept=tuple(kept.items()),
         top_k=tuple((i, rng.randint(1, min(model.top_k, n))) for i, n in kept.items()),

@@ -19,7 +19,7 @@ from compression.ggml import PACKAGE, version
 F32, F16 = 0, 1  # ggml_type
 FLASH_AUTO, FLASH_OFF = -1, 0  # llama_flash_attn_type
 VOCAB_NONE = 0  # llama_vocab_type
-_OVERRIDE_INT = 0  # llama_model_kv_override_type
+_OVERRIDE_INT, _OVERRIDE_TEXT = 0, 3  # llama_model_kv_override_type
 _GGUF_STRING = 8  # gguf_type
 _ERROR, _CONTINUED = 4, 5  # ggml_log_level
 
@@ -178,3 +178,23 @@ def top_k_override(path: bytes, top_k: int) -> Any:
     overrides[0].tag, overrides[0].integer = _OVERRIDE_INT, top_k
     overrides[0].key = _architecture(path) + b".expert_used_count"  # keys start with the architecture
     return overrides
+
+
+def text_override(key: bytes, text: str) -> Any:
+    """Metadata overrides that replace one string of a file, of at most 127 bytes."""
+    overrides = ffi.new("struct kv_override[2]")  # the second, empty key ends the list
+    overrides[0].tag, overrides[0].key, overrides[0].text = _OVERRIDE_TEXT, key, text.encode()
+    return overrides
+
+
+def tokenize(vocab: Any, text: str) -> list[int]:
+    """Token ids of `text`; special tokens written out in it are recognised, none is added.
+
+    `vocab` must be one with a tokenizer: llama.cpp aborts on any other.
+    """
+    raw = text.encode()
+    tokens, room = ffi.NULL, 0
+    # A negative answer is the room that is needed.
+    while (count := library().llama_tokenize(vocab, raw, len(raw), tokens, room, False, True)) < 0:
+        tokens, room = ffi.new("int32_t[]", -count), -count
+    return [int(token) for token in tokens[0:count]] if count else []

@@ -1,0 +1,118 @@
+"""A worker that streams the model does every job as one that holds it does, to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compression.calibration import Calibration
+from evaluators.texts import TextSet
+from search.worker import Setup, Worker, load_text, save_text
+from tests.compression.support import candidate, mixed_types
+
+TOKENS = 4 * 64
+
+
+@pytest.fixture(scope="module")
+def workers(
+    tiny_checkpoint: Path, tiny_texts: dict[str, TextSet], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Worker, Worker]:
+    """A resident and a streaming worker, each after calibration and with a bank of its own."""
+    made = []
+    for stream in (False, True):
+        cache = tmp_path_factory.mktemp("cache")
+        for text in tiny_texts.values():
+            save_text(text, cache)
+        worker = Worker(Setup(str(tiny_checkpoint), "tiny", str(cache), stream=stream))
+        assert worker.calibrate() == tiny_texts["calibration"].windows.size
+        assert worker.base_states("search") == tiny_texts["search"].windows.size
+        for tensor in worker.inventory.quantizable:
+            kind = mixed_types(worker.inventory)[tensor.name]
+            worker.register([row[:3] for row in worker.quantize(tensor.name, [kind, "Q8_0"])])
+        made.append(worker)
+    return made[0], made[1]
+
+
+def both(workers: tuple[Worker, Worker], job: str, *args: Any) -> Any:
+    """What both workers answer."""
+    first, second = (getattr(worker, job)(*args) for worker in workers)
+    assert first == second
+    return first
+
+
+def test_only_one_holds_the_model(workers: tuple[Worker, Worker]) -> None:
+    resident, streaming = (
+        [v.is_meta for n, v in w.model.model.named_parameters() if ".layers." in n] for w in workers
+    )
+    assert not any(resident)
+    assert all(streaming)
+
+
+def test_calibrations_and_base_states_are_the_same(workers: tuple[Worker, Worker]) -> None:
+    first, second = (Calibration.load(w.cache / "calibration.npz") for w in workers)
+    assert first.text == second.text
+    for name in ("imatrix", "routing"):
+        a, b = getattr(first, name), getattr(second, name)
+        assert list(a) == list(b)
+        assert all(np.array_equal(a[key], b[key]) for key in a)
+    states = [np.load(w.cache / "base-search.npy") for w in workers]
+    assert np.array_equal(*states)
+
+
+def test_variants_have_the_same_keys_errors_and_bytes(workers: tuple[Worker, Worker]) -> None:
+    for name in ("output.weight", "blk.0.attn_k_b.weight", "blk.2.ffn_down_exps.weight"):
+        for _, _, key, error in both(workers, "quantize", name, ["Q5_0", "Q8_0"]):
+            assert 0 < error < 0.1
+            first, second = (w.bank.path(key).read_bytes() for w in workers)
+            assert first == second
+
+
+@pytest.mark.parametrize(
+    ("decision", "choices"),
+    [
+        ("blk.1.experts", [(3, "reap"), (5, "paper")]),
+        ("blk.2.top_k", [1]),
+        ("blk.1.ffn_up_exps.weight", ["Q8_0"]),
+        ("output.weight", ["Q8_0"]),
+        ("token_embd.weight", ["Q8_0"]),
+    ],
+)
+def test_costs_are_the_same(workers: tuple[Worker, Worker], decision: str, choices: list[Any]) -> None:
+    assert min(both(workers, "cost", decision, choices, TOKENS)) > 0
+
+
+def test_scores_are_the_same(workers: tuple[Worker, Worker]) -> None:
+    inventory = workers[0].inventory
+    ragged = candidate(inventory, {1: (0, 2, 3, 6, 7), 2: (1, 4, 5)}, {2: 1}, mixed_types(inventory))
+    whole = both(workers, "score", ragged.to_json(), "search", TOKENS)
+    assert len(whole["kl"]) == 4
+    assert min(whole["kl"]) > 1e-3
+    rest = both(workers, "score", ragged.to_json(), "search", TOKENS, 2 * 64)
+    np.testing.assert_allclose(rest["kl"], whole["kl"][2:], rtol=1e-4)
+    nothing = both(workers, "score", ragged.to_json(), "search", TOKENS, TOKENS)
+    assert nothing == {"kl": [], "nll": [], "top1": []}
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "folder"])
+def test_files_are_the_same(workers: tuple[Worker, Worker], tmp_path: Path, name: str) -> None:
+    wanted = candidate(workers[0].inventory, {1: (0, 2, 6), 2: (1, 4, 5)}, types="Q8_0")
+    written = []
+    for i, worker in enumerate(workers):
+        path = tmp_path / str(i) / name
+        size = worker.export(wanted.to_json(), str(path))
+        file = path if path.is_file() else path / "model.safetensors"
+        assert file.stat().st_size == size
+        written.append(file.read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_text_is_read_back_as_it_was_saved(tiny_texts: dict[str, TextSet], tmp_path: Path) -> None:
+    text = replace(tiny_texts["search"], sources=("a", "ü") * 4)
+    save_text(text, tmp_path)
+    found = load_text("search", tmp_path)
+    assert np.array_equal(found.windows, text.windows)
+    assert replace(found, windows=text.windows) == text
