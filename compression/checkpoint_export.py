@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,16 @@ def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Chec
 
 
 def _item(model: StoredModel, candidate: Candidate, info: TensorInfo) -> Item:
-    """A tensor as the folder stores it: quantized rows as bytes, others as they are."""
-    if not model.inventory.by_name[info.name].quantizable:
-        return Item(info.name, "F32", info.shape, lambda: tensor_data(model, candidate, info.name))
+    """A tensor as the folder stores it: quantized rows as bytes, others as transformers holds them."""
+    tensor = model.inventory.by_name[info.name]
+    if not tensor.quantizable:
+        kept = {m.layer: list(m.experts) for m in candidate.layers}
+
+        def values() -> Iterator[np.ndarray]:
+            whole = model.parameter(info.name)
+            yield whole[kept[tensor.layer]] if tensor.per_expert and tensor.layer is not None else whole
+
+        return Item(info.name, "F32", info.shape, values)
     rows = math.prod(info.shape[:-1])
     shape = (*info.shape[:-1], info.size // rows)
     return Item(info.name, "U8", shape, lambda: tensor_data(model, candidate, info.name))
@@ -151,11 +158,9 @@ def load(path: str | Path) -> Any:
     for part in of_family.parts:
         entry, type_name = entries[part.name], types.get(part.name)
         for e in range(entry.shape[0]) if part.stacked else (None,):
-            if type_name is None:
-                values = read(entry, e)
-            else:
-                values = ggml.dequantize(read_raw(entry, e)[..., 0], type_name)
+            raw = read(entry, e) if type_name is None else read_raw(entry, e)[..., 0]
+            values = raw if type_name is None else ggml.dequantize(raw, type_name)
             if not np.isfinite(values).all():
                 raise UserError(f"{file}: tensor {part.name} holds NaN or infinite values")
-            shell.write(part, values, e)
+            (shell.place if type_name is None else shell.write)(part, values, e)
     return shell.model

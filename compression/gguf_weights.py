@@ -33,8 +33,7 @@ class GgufWeights(Weights):
             if stored.type_name not in WHOLE_TYPES:
                 raise UserError(
                     f"{stored.file}: tensor {part.name} is {stored.type_name}, compressed already; give the "
-                    f"model in {', '.join(WHOLE_TYPES)} (search.export --model FILE --candidate FILE requantizes "
-                    "any GGUF)"
+                    f"model in {', '.join(WHOLE_TYPES)} (search.export --candidate takes any GGUF)"
                 )
 
     def read(self, part: Part, expert: int | None = None) -> np.ndarray:

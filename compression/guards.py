@@ -82,7 +82,7 @@ def warnings(
         lines.append(
             f"{count} of {len(inventory.moe_layers) * inventory.experts} experts saw none of the "
             f"{calibration.tokens:,} calibration tokens (layer {layer}: {', '.join(map(str, first[:8]))}, "
-            "...); their imatrix is their layer's mean and they rank last; more --calibration text may reach them"
+            "...); their imatrix is their layer's mean and they rank last; a longer --calibration may help"
         )
     unchanged = [f"{n} as {t}" for (n, t), e in errors.items() if e == 0 and t not in LOSSLESS]
     if unchanged:

@@ -99,7 +99,7 @@ class Shell:
 
     def write(self, part: Part, values: np.ndarray, expert: int | None = None) -> None:
         """Puts GGUF's values of a part, or of one of its experts, into the model; makes room if needed."""
-        self._place(part, part.decode(values), expert)
+        self.place(part, part.decode(values), expert)
 
     def _room(self, part: Part) -> None:
         """Gives an empty part memory."""
@@ -108,8 +108,8 @@ class Shell:
         if self.parameter(part).is_meta:
             self._put(part, torch.empty(self.parameter(part).shape, dtype=torch.float32))
 
-    def _place(self, part: Part, values: np.ndarray, expert: int | None = None) -> None:
-        """As `write`, of the parameter's own values."""
+    def place(self, part: Part, values: np.ndarray, expert: int | None = None) -> None:
+        """As `write`, of the values that the parameter itself holds."""
         import torch
 
         self._room(part)
@@ -133,11 +133,11 @@ class Shell:
             # Reading and converting numbers releases the interpreter's lock.
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
                 done = threads.map(
-                    lambda e: self._place(part, weights.parameter(part, e), e), range(part.tensor.shape[0])
+                    lambda e: self.place(part, weights.parameter(part, e), e), range(part.tensor.shape[0])
                 )
                 deque(done, maxlen=0)
         else:
-            self._place(part, weights.parameter(part))
+            self.place(part, weights.parameter(part))
 
     def parts(self, layer: int | None) -> Sequence[Part]:
         """The parts of a layer; None: those outside."""

@@ -25,3 +25,7 @@ class StoredModel:
     def plain(self, name: str) -> np.ndarray:
         """A tensor that is never quantized (norms, router, selection bias), float32, of all experts."""
         return self.weights.read(self.family.by_name[name])
+
+    def parameter(self, name: str) -> np.ndarray:
+        """As `plain`, but the values that transformers' parameter holds, in GGUF's order."""
+        return self.weights.parameter(self.family.by_name[name])

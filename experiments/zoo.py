@@ -103,6 +103,8 @@ def make(name: str, seed: int = 0, **over: Any) -> Any:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
+    # An embedding that is the output matrix too must leave logits of a size.
+    stream = made.hidden_size**-0.5 if made.tie_word_embeddings else 1.0
     with torch.no_grad():
         for path, value in [*model.named_parameters(), *model.named_buffers()]:
             noise = torch.randn(value.shape, generator=generator)
@@ -111,9 +113,9 @@ def make(name: str, seed: int = 0, **over: Any) -> Any:
             if "e_score_correction_bias" in path:
                 value.copy_(0.1 * noise)
             elif "embed_tokens" in path:
-                value.copy_(noise)
+                value.copy_(noise * stream)
             elif value.ndim >= 2:
-                value.copy_(noise * value.shape[-1] ** -0.5 * (_UPDATE if _ADDS.search(path) else 1))
+                value.copy_(noise * value.shape[-1] ** -0.5 * (_UPDATE * stream if _ADDS.search(path) else 1))
             else:
                 value.add_(0.1 * noise)
     return model

@@ -170,6 +170,8 @@ class Running:
         with self.stages.stage("quantization") as advance:
             errors = stages.quantize(self.pool, self.space, self.search.cache, advance)
         self.warnings = warnings(self.calibration, self.space.inventory, errors)
+        if o.export:
+            self.warnings += self.search.checkpoint.family.approximations()
         for line in self.warnings:
             console.print(f"note: {line}")
         with self.stages.stage("option costs") as advance:
