@@ -7,19 +7,17 @@ vocabularies; so `compression.vocabulary_child` runs it.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compression.child import run_module
 from spaces.errors import UserError
 from spaces.gguf_layout import Value, header
 
-_ROOT = Path(__file__).resolve().parents[1]
 _SECONDS = 300
 _VOCABULARY_TOKENS = 1500  # of the vocabulary's own texts; enough to see merges, fast enough to try all names
 _PER_TEXT = 25
@@ -137,23 +135,12 @@ def trials(
 
 def _run(folder: Path) -> tuple[int, str]:
     """Exit code and error output of a child that answers what is left."""
-    inherited = os.environ.get("PYTHONPATH")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(_ROOT), *([inherited] if inherited else [])]),
-        "GGML_NO_BACKTRACE": "1",  # on an abort ggml would start a debugger
-    }
-    # -P: without it a folder in the current directory could stand in for this package.
-    command = [sys.executable, "-P", "-m", "compression.vocabulary_child", str(folder)]
     try:
-        child = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
-        )
+        return run_module("compression.vocabulary_child", str(folder), _SECONDS)
     except subprocess.TimeoutExpired as error:
         raise UserError(
             f"llama.cpp was not done with the vocabulary after {_SECONDS} s; use --no-export"
         ) from error
-    return child.returncode, child.stderr.decode(errors="replace").strip()
 
 
 def _answers(file: Path) -> list[Trial]:

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from compression.child import run_module
 from spaces.errors import UserError
 
-_ROOT = Path(__file__).resolve().parents[1]
 EXPORT_AGAIN = "export it again; if it is whole, this llama.cpp does not take its architecture or metadata"
 
 
@@ -107,25 +106,14 @@ def _run_child(folder: Path, path: Path, request: dict[str, Any], timeout: float
         raise UserError(f"{path}: no such file; check the path, or export the file first")
     file = folder.resolve() / "request.json"
     file.write_text(json.dumps({**request, "path": str(path.resolve())}), "utf-8")
-    inherited = os.environ.get("PYTHONPATH")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(_ROOT), *([inherited] if inherited else [])]),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down a shared machine
-        "GGML_NO_BACKTRACE": "1",  # on an abort ggml would start a debugger
-    }
-    # -P: without it a folder in the current directory could stand in for this package.
-    command = [sys.executable, "-P", "-m", "evaluators.llama_child", str(file)]
     try:
-        child = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout
-        )
+        code, stderr = run_module("evaluators.llama_child", str(file), timeout)
     except subprocess.TimeoutExpired as error:
         raise UserError(
             f"{path}: llama.cpp was not done after {timeout:g} s; allow more time or ask for fewer tokens"
         ) from error
-    if child.returncode:
-        raise UserError(f"{path}: {_death(child.returncode, child.stderr.decode(errors='replace'))}")
+    if code:
+        raise UserError(f"{path}: {_death(code, stderr)}")
     result = json.loads((folder / "result.json").read_text("utf-8"))
     if "error" in result:
         raise UserError(f"{path}: {result['error']}")

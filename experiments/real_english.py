@@ -32,6 +32,7 @@ from compression.variant_bank import VariantBank
 from evaluators.divergence import base_states, measure
 from evaluators.llama_cpp import file_logits
 from evaluators.texts import TextSet, make_windows, read_documents
+from experiments import zoo
 from search.commands import run_command
 from search.options import SHIPPED_TEXTS
 from spaces.candidate import Candidate, MoeLayer
@@ -100,19 +101,6 @@ def _dense_logits(file: Path, windows: np.ndarray) -> np.ndarray:
     return out
 
 
-def _logits(model: Any, windows: np.ndarray) -> np.ndarray:
-    import torch
-
-    with torch.inference_mode():
-        out: np.ndarray = model(torch.from_numpy(windows.astype(np.int64)), use_cache=False).logits.numpy()
-    return out
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -132,7 +120,7 @@ def main() -> None:
     report, seen = text("report", args.tokens), text("calibration", 2048)
     model = CandidateModel(checkpoint, inventory, VariantBank(args.out / "bank"))
     few = report.windows[:4]
-    own, expected = _logits(model.model, few), _dense_logits(dense, few)
+    own, expected = zoo.logits(model.model, few), _dense_logits(dense, few)
     result: dict[str, Any] = {
         "parameters": inventory.parameters(),
         "tokens": int(report.windows.size),
@@ -141,7 +129,7 @@ def main() -> None:
     calibration = calibrate(model, seen.windows, seen.digest)
     base_states(model, report, args.out / "states.npy")
     states = np.load(args.out / "states.npy")
-    base = _log_softmax(_logits(model.model, few))
+    base = zoo.log_softmax(zoo.logits(model.model, few))
     everyone = tuple(range(EXPERTS))
     rows: dict[str, Any] = {}
     configs = {t: (everyone, t) for t in ("F32", *TYPES)} | {"Q8_0, 7 of 8 experts": (everyone[:-1], "Q8_0")}
@@ -160,8 +148,8 @@ def main() -> None:
         scores = measure(model, report, states)
         file = args.out / "candidate.gguf"
         size = export_gguf(model, candidate, file)
-        theirs = _log_softmax(np.array(file_logits(file, few, args.out / "logits.npy")))
-        ours = _log_softmax(_logits(model.model, few))
+        theirs = zoo.log_softmax(np.array(file_logits(file, few, args.out / "logits.npy")))
+        ours = zoo.log_softmax(zoo.logits(model.model, few))
         rows[name] = {
             "bytes": size, "bytes_off": size - inventory.file_bytes(candidate.plan),
             "kl": scores.mean_kl, "perplexity": scores.perplexity,

@@ -93,12 +93,6 @@ def _apply(model: CandidateModel, candidate: Candidate, calibration: Calibration
     return candidate
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
-
-
 def _nll(log_q: np.ndarray, windows: np.ndarray) -> float:
     return float(-np.take_along_axis(log_q[:, :-1], windows[:, 1:, None].astype(np.int64), -1).mean())
 
@@ -142,8 +136,8 @@ def prove(checkpoint: Checkpoint, plain: Any, windows: np.ndarray, folder: Path)
     out["pruned"] = float(np.abs(written(pruned, "pruned") - zoo.logits(model.model, windows)).max())
 
     quantized = _apply(model, _candidate(inventory, _mixed(inventory), False), calibration)
-    own = _log_softmax(zoo.logits(model.model, windows))
-    theirs = _log_softmax(written(quantized, "quantized"))
+    own = zoo.log_softmax(zoo.logits(model.model, windows))
+    theirs = zoo.log_softmax(written(quantized, "quantized"))
     out["kl"] = float((np.exp(own) * (own - theirs)).sum(-1).mean())
     out["perplexity"] = float(np.exp(_nll(theirs, windows) - _nll(own, windows)) - 1)
     probe = probe_file(folder / "quantized.gguf", windows[0][:16].tolist(), generate=8)

@@ -140,6 +140,13 @@ def logits(model: Any, windows: np.ndarray) -> np.ndarray:
     return out
 
 
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """(..., vocabulary) logits to log probabilities, float64."""
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+
 def config(name: str, **over: Any) -> dict[str, Any]:
     """The fields of a family's config.json."""
     return {**BASE, **FAMILIES[name], **over, "model_type": name}
