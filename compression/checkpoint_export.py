@@ -1,7 +1,7 @@
 """The ragged form: a folder of GGUF blocks in safetensors, and the one loader for it.
 
 `config.json` is the model's own with a `moefit` entry that holds the candidate;
-`model.safetensors` holds each tensor under its GGUF name, quantized ones as
+`moefit.safetensors` holds each tensor under its GGUF name, quantized ones as
 uint8 blocks. `compression.load(DIR)` gives a transformers model whose layers
 have their own expert counts and top-k.
 """
@@ -39,6 +39,10 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+WEIGHTS = "moefit.safetensors"
+"""Not transformers' own name: it would take the folder for a model and fill it with random weights."""
+
+
 def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Checkpoint, path: Path) -> int:
     """Writes `candidate`, portable or ragged, as a folder; returns its weights' bytes.
 
@@ -54,7 +58,7 @@ def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Chec
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with (folder / "model.safetensors").open("wb") as stream:
+        with (folder / WEIGHTS).open("wb") as stream:
             items = [_item(model, candidate, info) for info in model.inventory.infos(candidate.plan)]
             write(stream, items, {"format": "moefit"})
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
@@ -71,7 +75,7 @@ def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Chec
             os.replace(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return (path / "model.safetensors").stat().st_size
+    return (path / WEIGHTS).stat().st_size
 
 
 def _item(model: StoredModel, candidate: Candidate, info: TensorInfo) -> Item:
@@ -147,7 +151,7 @@ def load(path: str | Path) -> Any:
     for name, chosen in candidate.types:
         if chosen not in WEIGHT_TYPES:
             raise UserError(f"{source}: {name}: {chosen} is no type for weights")
-    file = path / "model.safetensors"
+    file = path / WEIGHTS
     if not file.is_file():
         raise UserError(f"{file}: missing; the folder is not whole")
     _, entries = read_header(file)

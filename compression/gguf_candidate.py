@@ -74,14 +74,6 @@ def _check_routing(inventory: Inventory, kept: int, top_k: int, name: str) -> No
             f"{name}: {inventory.name} must keep its {inventory.experts} experts and top-{inventory.top_k}: "
             f"{reason}"
         )
-    used = inventory.metadata.get(f"{inventory.model_type}.expert_group_used_count")
-    if inventory.groups > 1 and used is not None and isinstance(used.value, int):
-        reachable = used.value * kept // inventory.groups
-        if reachable < top_k:
-            raise UserError(
-                f"{name}: a token reaches the {reachable} experts of {used.value} groups, fewer than top_k "
-                f"{top_k}; keep more experts or lower top_k"
-            )
 
 
 def _check_imatrix(

@@ -101,6 +101,7 @@ def describe_gguf(file: GgufFile) -> Inventory:
         tokenizer_bytes=0,
         # llama.cpp ranks a group by its two best, and wants fewer groups than experts even where it is one.
         least_per_group=2 if facts.number("expert_group_count", default=0) else 1,
+        groups_used=facts.number("expert_group_used_count", default=0) or groups,
     )
 
 

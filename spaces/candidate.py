@@ -132,6 +132,11 @@ class Candidate:
                     f"{source}: layer {m.layer}: group-limited routing needs as many experts kept in each of "
                     f"the {inventory.groups} groups, got {sorted(counts)}"
                 )
+            if m.top_k > inventory.groups_used * min(counts):
+                raise UserError(
+                    f"{source}: layer {m.layer}: a token chooses its {m.top_k} experts from "
+                    f"{inventory.groups_used} groups, which keep {min(counts)} each"
+                )
             if min(counts) < inventory.least_per_group:
                 raise UserError(
                     f"{source}: layer {m.layer}: this family's router needs {inventory.least_per_group} "

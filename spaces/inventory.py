@@ -79,6 +79,7 @@ class Inventory:
         context: Longest context the model was made for.
         tokenizer_bytes: Bytes of the tokenizer's metadata; estimated until known.
         least_per_group: Experts that must stay in a group (in all, without groups).
+        groups_used: Groups a token may choose its experts from.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Inventory:
     context: int
     tokenizer_bytes: int
     least_per_group: int = 1
+    groups_used: int = 1
 
     @cached_property
     def by_name(self) -> dict[str, Tensor]:

@@ -75,7 +75,10 @@ class Space:
     def kept_options(self) -> tuple[int, ...]:
         """Expert counts, fewest first: sixteenths, whole per group, never below the model's top-k."""
         experts, groups = self.inventory.experts, self.inventory.groups
-        per_group = self.inventory.least_per_group
+        # The groups that a token may use have to hold as many experts as it takes.
+        per_group = max(
+            self.inventory.least_per_group, -(-self.inventory.top_k // self.inventory.groups_used)
+        )
         least = min(experts, max(self.inventory.top_k, experts // 4, per_group * groups))
         counts = {round(experts * s / _STEPS / groups) * groups for s in range(1, _STEPS + 1)}
         return tuple(sorted(n for n in counts if least <= n <= experts))

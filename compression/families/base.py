@@ -279,6 +279,7 @@ class Family:
             context=c.max_position_embeddings,
             tokenizer_bytes=estimated_tokenizer_bytes(c.vocab_size),
             least_per_group=self.least_per_group,
+            groups_used=self.groups_used,
         )
 
     def _check(self) -> None:

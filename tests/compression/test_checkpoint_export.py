@@ -56,7 +56,7 @@ def test_the_folder_gives_the_candidates_logits(
 def test_the_folder_holds_the_banks_blocks_and_the_kept_experts_only(
     tiny_model: CandidateModel, wanted: Candidate, folder: Path, tiny: Checkpoint
 ) -> None:
-    arrays = load_file(folder / "model.safetensors")
+    arrays = load_file(folder / "moefit.safetensors")
     assert set(arrays) == {t.name for t in tiny.inventory.tensors}
     for name, type_name in wanted.types:
         tensor = tiny.inventory.by_name[name]
@@ -74,7 +74,7 @@ def test_the_folder_holds_the_banks_blocks_and_the_kept_experts_only(
 
 
 def test_the_folder_is_complete_and_alone(folder: Path, tiny: Checkpoint, wanted: Candidate) -> None:
-    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    names = ["config.json", "moefit.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert (folder / "tokenizer.json").read_bytes() == (tiny.path / "tokenizer.json").read_bytes()
@@ -98,7 +98,7 @@ def test_the_reported_size_is_the_weights_file(
     tiny_model: CandidateModel, wanted: Candidate, tiny: Checkpoint, tmp_path: Path
 ) -> None:
     size = export_checkpoint(tiny_model, wanted, tiny, tmp_path / "x")
-    assert size == (tmp_path / "x" / "model.safetensors").stat().st_size
+    assert size == (tmp_path / "x" / "moefit.safetensors").stat().st_size
 
 
 def test_an_export_replaces_an_older_one(
@@ -230,16 +230,16 @@ def typed(type_name: Any, name: str = NAME) -> Callable[[Path], object]:
 
 def arrays(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
-        values = load_file(folder / "model.safetensors")
+        values = load_file(folder / "moefit.safetensors")
         change(values)
-        save_file(values, folder / "model.safetensors")
+        save_file(values, folder / "moefit.safetensors")
 
     return edit
 
 
 def raw(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
-        file = folder / "model.safetensors"
+        file = folder / "moefit.safetensors"
         file.write_bytes(change(file.read_bytes()))
 
     return edit
@@ -271,7 +271,7 @@ HOSTILE: list[Any] = [
     ("width of another config", edited(lambda c: c.update(hidden_size=128))),
     ("config not JSON", lambda f: (f / "config.json").write_text("{")),
     ("no config", lambda f: (f / "config.json").unlink()),
-    ("no weights", lambda f: (f / "model.safetensors").unlink()),
+    ("no weights", lambda f: (f / "moefit.safetensors").unlink()),
     ("truncated weights", raw(lambda b: b[:-5])),
     ("garbage weights", raw(lambda b: b"x" * 100)),
     ("empty weights", raw(lambda b: b"")),
@@ -331,3 +331,11 @@ def test_a_uniform_candidate_with_its_fallbacks_is_read_back(
     tiny_model.apply(wanted)
     for name, value in tiny_model.model.state_dict().items():
         assert np.array_equal(model.state_dict()[name], value), name
+
+
+def test_transformers_alone_does_not_take_the_folder_for_a_model(folder: Path) -> None:
+    """It would fill a model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)

@@ -104,7 +104,7 @@ def test_files_are_the_same(workers: tuple[Worker, Worker], tmp_path: Path, name
     for i, worker in enumerate(workers):
         path = tmp_path / str(i) / name
         size = worker.export(wanted.to_json(), str(path))
-        file = path if path.is_file() else path / "model.safetensors"
+        file = path if path.is_file() else path / "moefit.safetensors"
         assert file.stat().st_size == size
         written.append(file.read_bytes())
     assert written[0] == written[1]
