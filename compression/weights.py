@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from compression.families.parts import Part
 from compression.safetensors_file import FLOATS, Entry, read, read_header, read_raw
 from spaces.errors import MALFORMED, UserError
 
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -87,6 +89,19 @@ class FolderWeights(Weights):
         self._check_index(path / "model.safetensors.index.json")
         for part in family.parts:
             self._check(part)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """No decoder layers beyond those the config counts, but for the ones that predict further tokens."""
+        c = self.family.config
+        known = c.num_hidden_layers + (getattr(c, "num_nextn_predict_layers", None) or 0)
+        for name in self.entries:
+            match = _LAYER.match(name)
+            if match and int(match[1]) >= known:
+                raise UserError(
+                    f"{self.path}: the shards hold {name}, but config.json has {c.num_hidden_layers} layers; "
+                    "does it belong to these weights?"
+                )
 
     def _check_index(self, index: Path) -> None:
         """Every tensor the index names is in the shard it names."""

@@ -198,6 +198,14 @@ def weight_types(text: str) -> tuple[str, ...]:
     return tuple(t for t in LADDER if t in names)
 
 
+def _real(option: str, path: Path) -> Path:
+    """The absolute path, links followed."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or what no path can hold
+        raise UserError(f"{option} {str(path)[:200]!r}: is no usable path ({error})") from error
+
+
 def seed(value: int) -> int:
     """A seed that every sampler takes."""
     if not 0 <= value < 2**32:
@@ -234,7 +242,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     tasks = () if args.tasks in ("", "none") else tuple(t.strip() for t in args.tasks.split(",") if t.strip())
     model = args.model or REFERENCE_MODEL
     target = args.target or (str(args.model) if args.model else DEFAULT_TARGET)
-    label = "reference" if args.model is None else args.model.resolve().name
+    label = "reference" if args.model is None else _real("--model", args.model).name
     goal = "" if args.target is None and args.model else f"-{Path(target).name}"
     default_name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{label}{goal}-{args.budget}").lstrip("._-")[:100]
     name = study_name(args.study or default_name)
@@ -262,7 +270,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         study=name,
         storage=args.storage,
         tracking_uri=args.tracking_uri,
-        out=(args.out or Path("runs") / name).resolve(),
+        out=_real("--out", args.out or Path("runs") / name),
         export=not args.no_export,
         dry_run=args.dry_run,
     )

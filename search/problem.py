@@ -62,7 +62,7 @@ def make_problem(
         UserError: The target is unknown, or the budget is above the model or the device, or below
             the smallest config.
     """
-    same = Path(target).exists() and Path(target).resolve() == model.resolve()
+    same = target == str(model) or (Path(target).exists() and Path(target).resolve() == model.resolve())
     goal = source if same else open_target(target)
     whole = goal.file_bytes(goal.uniform_plan("BF16"))
     if size > whole:

@@ -166,8 +166,15 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The folder or file is missing or is not a JSON object.
     """
-    file = path / "config.json" if path.is_dir() else path
-    if not path.exists():
+    try:
+        there, file = path.exists(), path / "config.json" if path.is_dir() else path
+        if there and file.exists() and not file.is_file():  # a pipe would be waited for
+            raise UserError(f"{file}: is no file; give a folder that holds config.json")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path!s:.200}: cannot be a model folder ({error})") from error
+    if not there:
         raise UserError(f"{path}: no such model folder; give a folder that holds config.json")
     try:
         config = json.loads(file.read_text("utf-8"))

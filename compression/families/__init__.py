@@ -43,6 +43,7 @@ FAMILIES: dict[str, type[Family]] = {
     )
 }
 
+_MOST_LAYERS = 4096  # llama.cpp takes 512
 _ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
 
 
@@ -75,6 +76,11 @@ def family(config: Mapping[str, Any], name: str) -> Family:
     from transformers import AutoConfig
 
     kind = _family_class(config, name)
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise UserError(
+            f"{name}: config.json: num_hidden_layers must be at most {_MOST_LAYERS}, got {layers}"
+        )
     # Block scales are the reader's affair, and remote code is never run.
     fields = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "model_type")}
     try:

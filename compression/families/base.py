@@ -13,12 +13,16 @@ from spaces.errors import UserError
 from spaces.gguf_layout import Value
 from spaces.inventory import Inventory, estimated_tokenizer_bytes
 
+_LARGEST = 3.4e38  # of float32
+
 
 def u32(value: int) -> Value:
     return Value("u32", int(value))
 
 
 def f32(value: float) -> Value:
+    if not abs(value) <= _LARGEST:
+        raise UserError(f"config.json: {value!r} is no number that a GGUF's float32 can hold")
     return Value("f32", float(value))
 
 
