@@ -18,6 +18,8 @@ from compression import ggml
 from compression.checkpoint import Checkpoint
 from compression.families.parts import Part
 from compression.passage import BATCH, Passage
+from compression.recent import Recent
+from compression.setting import BlockSetting, Types
 from compression.shell import Shell
 from compression.stored_model import StoredModel
 from compression.variant_bank import VariantBank
@@ -36,16 +38,23 @@ class CandidateModel(StoredModel):
         inventory: Its tensors, with the tokenizer where files are to be written.
         bank: Quantized variants of its tensors.
         stream: Hold one decoder layer at a time, filled anew whenever it is run.
+        cache: Bytes of dequantized weights to keep at hand.
 
     Attributes:
         model: The transformers model, in the state of the last `apply`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, inventory: Inventory, bank: VariantBank, stream: bool = False
+        self,
+        checkpoint: Checkpoint,
+        inventory: Inventory,
+        bank: VariantBank,
+        stream: bool = False,
+        cache: int = 0,
     ) -> None:
         super().__init__(checkpoint, inventory, bank)
         self.stream = stream
+        self._recent: Recent[tuple[str, str | None], tuple[Tensor, ...]] = Recent(cache)
         self.shell = Shell(self.family)
         self.model = self.shell.model
         self.passage = Passage(self.shell)
@@ -84,6 +93,20 @@ class CandidateModel(StoredModel):
             self.shell.router(layer).keep(*self._routing.get(layer, (None, self.inventory.top_k)))
 
     def _write(self, part: Part) -> None:
+        """Puts a part into the model in its present type, from the cache where it lies there."""
+        key = (part.name, self._types.get(part.name))
+        known = self._recent.get(key)
+        if known is not None:
+            for target, values in zip(self.shell.views(part), known, strict=True):
+                target.copy_(values)
+            return
+        self._write_anew(part)
+        if part.tensor.quantizable and not self.stream:
+            views = self.shell.views(part)
+            size = sum(v.numel() * v.element_size() for v in views)
+            self._recent.put(key, lambda: tuple(v.clone() for v in views), size)
+
+    def _write_anew(self, part: Part) -> None:
         type_name = self._types.get(part.name)
         if type_name is None:
             return self.shell.fill(part, self.weights)
@@ -146,6 +169,17 @@ class CandidateModel(StoredModel):
         for m in candidate.layers:
             self.restrict(m.layer, m.experts, m.top_k)
         for name, type_name in candidate.types:
+            self.set_type(name, type_name)
+
+    def set_block(self, layer: int, setting: BlockSetting) -> None:
+        """Sets one block; the others stay as they are."""
+        if self.family.is_moe(layer):
+            self.restrict(layer, setting.experts, setting.top_k)
+        self.set_types(setting.types)
+
+    def set_types(self, types: Types) -> None:
+        """Gives several tensors their types."""
+        for name, type_name in types:
             self.set_type(name, type_name)
 
     def embed(self, tokens: Tensor) -> Tensor:

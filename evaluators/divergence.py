@@ -9,6 +9,7 @@ windows, since tokens of one window are not independent.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from evaluators.texts import TextSet
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BATCH = 8
+_LOGITS = 2**22  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,35 @@ class Divergence:
         }
 
 
+class Reference:
+    """The base model's distributions on some windows, prepared to compare many candidates with.
+
+    Args:
+        base: (n, length, vocabulary) logits of the base model.
+        windows: (n, length) token ids; position i predicts token i + 1.
+    """
+
+    def __init__(self, base: Tensor, windows: Tensor) -> None:
+        import torch
+
+        self.next = windows[:, 1:, None]
+        log_p = base.log_softmax(-1)
+        self.p = log_p.exp()
+        self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
+        self.top = base.argmax(-1, keepdim=True)
+
+    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-window (KL, negative log-likelihood, top-1 agreement), each (n,), of the candidate's logits."""
+        import torch
+
+        # sum p log p - sum p log q, not sum p (log p - log q): one pass over the vocabulary less.
+        log_q = logits.log_softmax(-1)
+        kl = (self.negative_entropy - torch.linalg.vecdot(self.p, log_q)).mean(-1)
+        nll = -log_q[:, :-1].gather(-1, self.next).squeeze(-1).mean(-1)
+        top1 = (log_q.gather(-1, self.top).squeeze(-1) == log_q.amax(-1)).float().mean(-1)
+        return kl, nll, top1
+
+
 def compare(base: Tensor, logits: Tensor, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per-window (KL, negative log-likelihood, top-1 agreement), each (n,).
 
@@ -68,11 +98,7 @@ def compare(base: Tensor, logits: Tensor, windows: Tensor) -> tuple[Tensor, Tens
         logits: (n, length, vocabulary) logits of the candidate.
         windows: (n, length) token ids; position i predicts token i + 1.
     """
-    log_p, log_q = base.log_softmax(-1), logits.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
-    nll = -log_q[:, :-1].gather(-1, windows[:, 1:, None]).squeeze(-1).mean(-1)
-    top1 = (base.argmax(-1) == logits.argmax(-1)).float().mean(-1)
-    return kl, nll, top1
+    return Reference(base, windows).compare(logits)
 
 
 def base_states(model: CandidateModel, text: TextSet, path: Path) -> None:
@@ -95,13 +121,33 @@ def measure(model: CandidateModel, text: TextSet, states: np.ndarray) -> Diverge
     """
     import torch
 
-    parts: list[tuple[np.ndarray, ...]] = []
     with torch.inference_mode():
         windows = torch.from_numpy(text.windows.astype(np.int64))
         hidden = model.hidden(windows)
-        for start in range(0, len(windows), _BATCH):
-            part = slice(start, start + _BATCH)
-            base = torch.from_numpy(np.array(states[part][: len(windows[part])])) @ model.base_output.T
-            parts.append(tuple(x.numpy() for x in compare(base, model.logits(hidden[part]), windows[part])))
-    kl, nll, top1 = (np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True))
+        parts = []
+        for part, base in references(model, windows, states):
+            parts.append(base.compare(model.logits(hidden[part])))
+    return divergence(parts, text)
+
+
+def references(
+    model: CandidateModel, windows: Tensor, states: np.ndarray
+) -> Iterator[tuple[slice, Reference]]:
+    """The base model on a few windows at a time: (which, its distributions)."""
+    import torch
+
+    # A vocabulary's worth of logits for every position: few windows keep them in the processor's cache.
+    width = model.base_output.shape[0] * windows.shape[1]
+    step = max(1, _LOGITS // width)
+    for start in range(0, len(windows), step):
+        part = slice(start, min(start + step, len(windows)))
+        base = torch.from_numpy(np.array(states[part])) @ model.base_output.T
+        yield part, Reference(base, windows[part])
+
+
+def divergence(parts: Sequence[tuple[Tensor, ...]], text: TextSet) -> Divergence:
+    """Puts the measures of a text's windows together, a few windows each."""
+    kl, nll, top1 = (
+        np.concatenate([x.numpy() for x in c]).astype(np.float64) for c in zip(*parts, strict=True)
+    )
     return Divergence(kl, nll, top1, text.windows.shape[1], text.bytes_per_token)

@@ -21,7 +21,7 @@ from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
 from search.console import Stages, console, problem_table
-from search.memory import streams
+from search.memory import cache_bytes, streams
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
@@ -124,10 +124,12 @@ class Search:
         storage = open_storage(o.storage, o.out / "study.journal")
         study = open_study(o.study, storage, self.identity(texts))
         study.set_user_attr("settings", self._settings())
+        stream = streams(o.stream, self.checkpoint.inventory, o.workers)
         setup = Setup(
             str(self.checkpoint.path), self.checkpoint.inventory.name, str(self.cache), o.runtime,
             o.tasks, o.limit, str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,
-            stream=streams(o.stream, self.checkpoint.inventory, o.workers), types=o.types,
+            stream=stream, types=o.types,
+            cache_bytes=cache_bytes(self.checkpoint.inventory, o.workers, stream),
         )  # fmt: skip
         pool = make_pool(setup, o.workers, o.ray_address)
         try:

@@ -58,14 +58,14 @@ def score_on(
     space = runner.allocator.space
     files = {t.number: cache / f"{text}-{tokens}-{t.user_attrs['candidate']}.json" for t in trials}
     missing = [t for t in trials if not files[t.number].exists()]
-    jobs: list[Job] = [("score", (space.candidate(t.params).to_json(), text, tokens)) for t in missing]
+    jobs: list[Job] = [("score", ([space.candidate(t.params).to_json()], text, tokens)) for t in missing]
     done = len(trials) - len(missing)
     progress(done, len(trials))
 
     def keep(i: int, columns: Any) -> None:
         nonlocal done
         done += 1
-        write_text(files[missing[i].number], json.dumps(columns))
+        write_text(files[missing[i].number], json.dumps(columns[0]))
         progress(done, len(trials))
 
     pool.run(jobs, keep)

@@ -116,6 +116,8 @@ class OpenStudy:
     def rescore(self, trial: FrozenTrial) -> dict[str, Any]:
         """Quality scores of a trial, measured again on the tokens it was measured on."""
         tokens = int(trial.user_attrs["scores"]["tokens"])
-        columns = self.worker.score(self.candidate(trial).to_json(), "search", min(tokens, SEARCH_TOKENS))
+        columns = self.worker.score([self.candidate(trial).to_json()], "search", min(tokens, SEARCH_TOKENS))[
+            0
+        ]
         text = load_text("search", self.worker.cache)
         return window_scores(columns, text.bytes_per_token, WINDOW)

@@ -23,6 +23,7 @@ SELECTION_TOKENS = 24576
 REPORT_TOKENS = 24576
 CALIBRATION_TOKENS = 16384
 COST_TOKENS = 2048
+_TOGETHER = 16  # options measured in one job
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) of a stage."""
@@ -134,19 +135,17 @@ def measure_costs(
     file = cache / "costs.jsonl"
     measured = _read_costs(file)
     wanted = probes(space)
-    by_decision: dict[str, list[Any]] = {}
-    for decision, choice in wanted:
-        if (decision, choice) not in measured:
-            by_decision.setdefault(decision, []).append(choice)
-    jobs: list[Job] = [("cost", (d, choices, COST_TOKENS)) for d, choices in by_decision.items()]
-    done = len(wanted) - sum(map(len, by_decision.values()))
+    missing = [o for o in wanted if o not in measured]
+    # Neighbours share the blocks before the one they change, so they go to a worker together.
+    chunks = [missing[i : i + _TOGETHER] for i in range(0, len(missing), _TOGETHER)]
+    jobs: list[Job] = [("costs", (chunk, COST_TOKENS)) for chunk in chunks]
+    done = len(wanted) - len(missing)
     progress(done, len(wanted))
     with file.open("a", encoding="utf-8") as stream:
 
         def collect(i: int, costs: list[float]) -> None:
             nonlocal done
-            decision, choices, _ = jobs[i][1]
-            for choice, cost in zip(choices, costs, strict=True):
+            for (decision, choice), cost in zip(chunks[i], costs, strict=True):
                 measured[decision, choice] = cost
                 stream.write(json.dumps([decision, choice, cost]) + "\n")
             stream.flush()

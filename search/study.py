@@ -150,7 +150,7 @@ class TrialRunner:
     def _batch(self, trials: Sequence[Trial]) -> None:
         candidates = [self.allocator.space.candidate(t.params) for t in trials]
         texts = [c.to_json() for c in candidates]
-        first = self.pool.run([("score", (c, "search", FIRST_TOKENS)) for c in texts])
+        first = self._score(texts, FIRST_TOKENS)
         for candidate, columns in zip(candidates, first, strict=True):
             if not np.isfinite(columns["kl"]).all():
                 raise UserError(
@@ -165,11 +165,18 @@ class TrialRunner:
             if "baseline" in trial.user_attrs
             or self._promising(float(np.mean(first[i]["kl"])), static[i], rivals[i])
         ]  # fmt: skip
-        jobs = [("score", (texts[i], "search", SEARCH_TOKENS, FIRST_TOKENS)) for i in chosen]
-        for i, more in zip(chosen, self.pool.run(jobs), strict=True):
+        rest = self._score([texts[i] for i in chosen], SEARCH_TOKENS, FIRST_TOKENS)
+        for i, more in zip(chosen, rest, strict=True):
             first[i] = {name: [*first[i][name], *more[name]] for name in first[i]}
         for i, trial in enumerate(trials):
             self._tell(trial, candidates[i].key, first[i], static[i], complete=i in chosen)
+
+    def _score(self, candidates: Sequence[str], tokens: int, first: int = 0) -> list[dict[str, list[float]]]:
+        """Scores candidates together, each worker its share of neighbours."""
+        share = -(-len(candidates) // max(1, self.pool.size))
+        chunks = [candidates[i : i + share] for i in range(0, len(candidates), max(1, share))]
+        found = self.pool.run([("score", (chunk, "search", tokens, first)) for chunk in chunks])
+        return [columns for chunk in found for columns in chunk]
 
     def _portable(self, trial: FrozenTrial) -> bool:
         return self.allocator.space.candidate(trial.params).portable

@@ -39,7 +39,7 @@ def verify_gguf(
         nll.append(log_z - x[np.arange(len(x)), window[1:]])
     del logits
     (cache / "verify-logits.npy").unlink(missing_ok=True)
-    own = pool.run([("score", (candidate.to_json(), "report", tokens))])[0]
+    own = pool.run([("score", ([candidate.to_json()], "report", tokens))])[0][0]
     theirs, ours = float(np.exp(np.mean(nll))), float(np.exp(np.mean(own["nll"])))
     return {
         "perplexity": theirs,

@@ -33,6 +33,7 @@ class Setup:
         exportable: Whether the tokenizer goes into the inventory's metadata.
         stream: Whether the model is streamed layer by layer instead of held in memory.
         types: The only types to choose from; () for all.
+        cache_bytes: Dequantized weights each worker may keep at hand, bytes.
     """
 
     checkpoint: str
@@ -46,6 +47,7 @@ class Setup:
     exportable: bool = True
     stream: bool = False
     types: tuple[str, ...] = ()
+    cache_bytes: int = 0
 
 
 def save_text(text: TextSet, folder: Path) -> None:
@@ -87,8 +89,20 @@ class Worker:
     @cached_property
     def model(self) -> Any:
         from compression.candidate_model import CandidateModel
+        from compression.expert_kernels import fastest_experts
 
-        return CandidateModel(self.checkpoint, self.inventory, self.bank, self.setup.stream)
+        model = CandidateModel(
+            self.checkpoint, self.inventory, self.bank, self.setup.stream, cache=self.setup.cache_bytes
+        )
+        if not self.setup.stream:
+            fastest_experts(model)
+        return model
+
+    @cached_property
+    def settings(self) -> Any:
+        from compression.setting import Settings
+
+        return Settings(self.inventory)
 
     @cached_property
     def inventory(self) -> Any:
@@ -170,30 +184,33 @@ class Worker:
             self.bank.register(tensor, type_name, key)
 
     @cached_property
-    def _sensitivity(self) -> dict[int, Any]:
-        return {}
+    def population(self) -> Any:
+        from evaluators.population import Population
 
-    def cost(self, decision: str, choices: Sequence[Any], tokens: int) -> list[float]:
-        """KL of each choice of a decision alone, on the first `tokens` search tokens."""
-        from evaluators.sensitivity import Sensitivity
+        return Population(self.model)
 
-        if tokens not in self._sensitivity:
-            self._sensitivity[tokens] = Sensitivity(self.model, self.space, self._text("search", tokens))
-        return [self._sensitivity[tokens].kl(decision, c) for c in choices]
+    def costs(self, options: Sequence[tuple[str, Any]], tokens: int) -> list[float]:
+        """KL of each option alone, on the first `tokens` search tokens."""
+        from evaluators.sensitivity import alone
 
-    def score(self, candidate: str, name: str, tokens: int, first: int = 0) -> dict[str, list[float]]:
-        """Per-window kl, nll and top1 of a candidate on windows from token `first` to `tokens` of a text."""
-        from evaluators.divergence import measure
+        settings = [alone(self.settings, self.space, decision, choice) for decision, choice in options]
+        measured = self.population.measure(settings, self._text("search", tokens), self._states("search"))
+        return [d.mean_kl for d in measured]
+
+    def score(
+        self, candidates: Sequence[str], name: str, tokens: int, first: int = 0
+    ) -> list[dict[str, list[float]]]:
+        """Per-window kl, nll and top1 of candidates on windows from token `first` to `tokens` of a text."""
         from spaces.candidate import Candidate
 
         text = self._text(name, tokens)
         skip = -(-first // text.windows.shape[1])
         rest = TextSet(name, text.windows[skip:], text.sources[skip:], text.bytes_per_token)
         if not len(rest.windows):
-            return {"kl": [], "nll": [], "top1": []}
-        self.model.apply(Candidate.from_json(candidate))
-        result = measure(self.model, rest, self._states(name)[skip:])
-        return {"kl": result.kl.tolist(), "nll": result.nll.tolist(), "top1": result.top1.tolist()}
+            return [{"kl": [], "nll": [], "top1": []} for _ in candidates]
+        settings = [self.settings.of(Candidate.from_json(c)) for c in candidates]
+        found = self.population.measure(settings, rest, self._states(name)[skip:])
+        return [{"kl": d.kl.tolist(), "nll": d.nll.tolist(), "top1": d.top1.tolist()} for d in found]
 
     def tasks(self, candidate: str | None) -> dict[str, dict[str, Any]]:
         """lm-eval scores of a candidate, or of the base model for None."""

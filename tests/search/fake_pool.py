@@ -38,16 +38,18 @@ class FakePool:
         out = []
         for i, (method, args) in enumerate(jobs):
             assert method == "score"
-            text, name, tokens, first = (*args, 0)[:4]
-            candidate = Candidate.from_json(text)
-            self.scored.append((candidate.key, name, first, tokens))
-            windows = (tokens - first) // WINDOW
-            kl = self.kl(candidate)
-            # A little spread between windows, none of it in the mean.
-            spread = [kl * (1 + (0.1 if w % 2 else -0.1)) for w in range(windows)]
-            out.append({"kl": spread, "nll": [2.0] * windows, "top1": [0.9] * windows})
+            texts, name, tokens, first = (*args, 0)[:4]
+            out.append([self._columns(Candidate.from_json(text), name, tokens, first) for text in texts])
             on_result(i, out[-1])
         return out
+
+    def _columns(self, candidate: Candidate, name: str, tokens: int, first: int) -> dict[str, list[float]]:
+        self.scored.append((candidate.key, name, first, tokens))
+        windows = (tokens - first) // WINDOW
+        kl = self.kl(candidate)
+        # A little spread between windows, none of it in the mean.
+        spread = [kl * (1 + (0.1 if w % 2 else -0.1)) for w in range(windows)]
+        return {"kl": spread, "nll": [2.0] * windows, "top1": [0.9] * windows}
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
         raise AssertionError("no trial needs a broadcast")
