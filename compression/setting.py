@@ -21,7 +21,7 @@ _OUTPUT = "output.weight"
 
 @dataclass(frozen=True)
 class BlockSetting:
-    """One decoder block: types of its tensors, experts kept (None: all), experts active (None: the model's)."""
+    """One decoder block: types of its tensors; experts kept and active, None as in the model."""
 
     types: Types
     experts: tuple[int, ...] | None = None
@@ -48,7 +48,7 @@ class Settings:
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
         names: dict[int, list[str]] = {layer: [] for layer in range(inventory.layers)}
-        outside = []
+        outside: list[str] = []
         for t in inventory.quantizable:
             (outside if t.layer is None else names[t.layer]).append(t.name)
         tied = _OUTPUT not in outside
