@@ -17,6 +17,7 @@ import numpy as np
 from compression import ggml
 from compression.checkpoint import Checkpoint
 from compression.families.parts import Part
+from compression.overrides import Overrides
 from compression.passage import BATCH, Passage
 from compression.recent import Recent
 from compression.setting import BlockSetting, Types
@@ -95,22 +96,27 @@ class CandidateModel(StoredModel):
     def _write(self, part: Part) -> None:
         """Puts a part into the model in its present type, from the cache where it lies there."""
         key = (part.name, self._types.get(part.name))
-        known = self._recent.get(key)
+        repaired = self.overrides is not None and part.name in {
+            *self.overrides.blocks, *self.overrides.plain
+        }  # fmt: skip
+        known = None if repaired else self._recent.get(key)
         if known is not None:
             for target, values in zip(self.shell.views(part), known, strict=True):
                 target.copy_(values)
             return
         self._write_anew(part)
-        if part.tensor.quantizable and not self.stream:
+        if part.tensor.quantizable and not self.stream and not repaired:
             views = self.shell.views(part)
             size = sum(v.numel() * v.element_size() for v in views)
             self._recent.put(key, lambda: tuple(v.clone() for v in views), size)
 
     def _write_anew(self, part: Part) -> None:
         type_name = self._types.get(part.name)
+        if self.overrides is not None and part.name in self.overrides.plain:
+            return self.shell.write(part, self.overrides.plain[part.name])
         if type_name is None:
             return self.shell.fill(part, self.weights)
-        blocks = self.bank.blocks(part.tensor, type_name)
+        blocks = self.blocks(part.tensor, type_name)
         if not part.stacked:
             return self.shell.write(part, ggml.dequantize(blocks, type_name))
         for e in self._present(part):
@@ -149,9 +155,10 @@ class CandidateModel(StoredModel):
         """Keeps some experts of a layer and changes its top-k; None means as in the model."""
         if experts is not None and len(experts) == self.inventory.experts:
             experts = None
+        before = self._routing.get(layer, (None, self.inventory.top_k))
         self._routing[layer] = (experts, top_k or self.inventory.top_k)
-        if layer in self._filled:
-            if self.stream:  # experts left out so far hold nothing
+        if layer in self._filled and self._routing[layer] != before:
+            if self.stream and experts != before[0]:  # experts left out so far hold nothing
                 for part in self.shell.parts(layer):
                     if part.stacked:
                         self._write(part)
@@ -170,6 +177,26 @@ class CandidateModel(StoredModel):
             self.restrict(m.layer, m.experts, m.top_k)
         for name, type_name in candidate.types:
             self.set_type(name, type_name)
+
+    def use(self, overrides: Overrides | None) -> None:
+        """Takes repairs of the candidate the model is, or takes them back for None."""
+        names = set[str]()
+        for some in (self.overrides, overrides):
+            if some is not None:
+                names |= {*some.blocks, *some.plain}
+        self.overrides = overrides
+        for name in sorted(names):
+            part = self.family.by_name[name]
+            layer = part.tensor.layer
+            if layer not in self._filled:
+                continue
+            if layer is not None and part.tensor.per_expert and not part.stacked:
+                # The router keeps its rows of all experts to itself: it is made anew of what is written.
+                self.shell.forget_router(layer)
+                self._write(part)
+                self.shell.router(layer).keep(*self._routing.get(layer, (None, self.inventory.top_k)))
+            else:
+                self._write(part)
 
     def set_block(self, layer: int, setting: BlockSetting) -> None:
         """Sets one block; the others stay as they are."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TOKENS = 512
 _REPEATS = 3
 _TOLERANCE = 1e-3  # of the output's largest value
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm")
 
 
 def fastest_experts(model: CandidateModel, tokens: int = _TOKENS) -> dict[str, float]:
@@ -41,6 +41,7 @@ def fastest_experts(model: CandidateModel, tokens: int = _TOKENS) -> dict[str, f
     weights = torch.full((tokens, top_k), 1 / top_k)
     taken: dict[str, float] = {}
     expected: Tensor | None = None
+    before = model.model.get_experts_implementation()
     with torch.inference_mode():
         for name in IMPLEMENTATIONS:
             try:
@@ -54,8 +55,7 @@ def fastest_experts(model: CandidateModel, tokens: int = _TOKENS) -> dict[str, f
                 expected = output
             if float((output - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
                 taken[name] = seconds
-    if taken:
-        model.model.set_experts_implementation(min(taken, key=lambda n: taken[n]))
+    model.model.set_experts_implementation(min(taken, key=lambda n: taken[n]) if taken else before)
     return dict(sorted(taken.items(), key=lambda item: item[1]))
 
 

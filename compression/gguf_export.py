@@ -57,7 +57,7 @@ def tensor_data(model: StoredModel, candidate: Candidate, name: str) -> Iterator
     tensor = model.inventory.by_name[name]
     kept = {m.layer: m.experts for m in candidate.layers}
     experts = kept[tensor.layer] if tensor.per_expert and tensor.layer is not None else None
-    data = model.bank.blocks(tensor, dict(candidate.types)[name]) if tensor.quantizable else model.plain(name)
+    data = model.blocks(tensor, dict(candidate.types)[name]) if tensor.quantizable else model.plain(name)
     if experts is None:
         yield data
         return

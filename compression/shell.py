@@ -147,12 +147,16 @@ class Shell:
         """Gives the memory of a layer back."""
         import torch
 
+        self.forget_router(layer)
+        for part in self.parts(layer):
+            self._put(part, torch.empty_like(self.parameter(part), device="meta"))
+
+    def forget_router(self, layer: int) -> None:
+        """Gives a layer's router its rows of all experts back, and leaves it to itself."""
         if layer in self.routers:
             router = self.routers.pop(layer)
             router.keep(None, router.top_k)  # else the room of the experts left out would be lost
             router.close()
-        for part in self.parts(layer):
-            self._put(part, torch.empty_like(self.parameter(part), device="meta"))
 
     def router(self, layer: int) -> Router:
         """The router of a filled MoE layer."""

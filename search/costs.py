@@ -1,24 +1,30 @@
 """The additive cost model: what each option alone does to KL, and how they add up.
 
-An option's cost is the KL it causes when everything else is left as it is. For
-types between measured ones the cost is interpolated in (log error, log KL), the
-error being the bank's imatrix-weighted one; the linearity of damage in error is
-that of HIGGS (arXiv 2411.17525). Damage of many options together is close to the
-sum (the sampler learns how far from it).
+An option's cost is the KL it causes when everything else is left as it is: measured
+for some, and for every type of every tensor estimated from gradients (see
+`evaluators.slopes`). Between measured types it follows the gradients' shape, or
+where there are none (a streamed model) the bank's imatrix-weighted error: damage is
+linear in error (HIGGS, arXiv 2411.17525). Damage of many options together is close
+to the sum (the sampler learns how far from it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from spaces.inventory import Tensor
 from spaces.quant_types import QUANT_TYPES
 from spaces.space import Space
 
 Option = tuple[str, Any]
 """(decision, choice): ("blk.2.experts", (12, "reap")), ("blk.2.top_k", 3) or (tensor name, type)."""
+
+Probe = tuple[Option, int]
+"""An option and the tokens it is measured on."""
 
 _LEAST = 1e-7  # nats; below what float32 logits resolve
 
@@ -27,25 +33,83 @@ _PROBED_TYPES = ("IQ1_S", "IQ3_XXS", "Q5_K", "IQ4_NL", "Q8_0")
 _PROBED_FRACTIONS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
-def probes(space: Space) -> list[Option]:
-    """The options to measure one at a time; the others are interpolated."""
-    out: list[Option] = []
-    inventory = space.inventory
-    for tensor in inventory.quantizable:
-        wanted = _PROBED_EXPERT_TYPES if tensor.per_expert else _PROBED_TYPES
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on costs before the first trial.
+
+    Attributes:
+        slope_tokens, slope_probes: Of the gradient pass at the uncompressed model; 0 tokens for none.
+        expert_types, other_types: Types measured one at a time; () for none.
+        type_tokens: On so many tokens.
+        routing_tokens: Tokens of expert counts and top-k.
+    """
+
+    slope_tokens: int
+    slope_probes: int
+    expert_types: tuple[str, ...]
+    other_types: tuple[str, ...]
+    type_tokens: int
+    routing_tokens: int
+
+
+FULL = Effort(2048, 4, ("IQ1_S", "IQ2_S", "IQ3_XXS"), ("IQ1_S", "Q5_K", "IQ4_NL", "Q8_0"), 1024, 2048)
+"""The default."""
+
+LEAN = Effort(2048, 2, ("IQ1_S", "IQ3_XXS"), (), 512, 1024)
+"""Gradients for all but the experts, few tokens: a third of the cost."""
+
+STREAMED = Effort(0, 0, _PROBED_EXPERT_TYPES, _PROBED_TYPES, 2048, 2048)
+"""No gradients: a model larger than memory is not differentiated."""
+
+EFFORTS = {"full": FULL, "lean": LEAN, "streamed": STREAMED}
+
+
+def type_probes(space: Space, effort: Effort) -> list[Probe]:
+    """Types to measure one at a time, with the tokens of each; the others are interpolated."""
+    out: list[Probe] = []
+    for tensor in space.inventory.quantizable:
+        wanted = effort.expert_types if tensor.per_expert else effort.other_types
+        if not wanted:
+            continue
         types = [t for t in space.ladder(tensor) if t in wanted] or list(space.ladder(tensor))
         # Q8_0 is lossless enough to be interpolated where a long ladder has Q5_K.
-        out += [(tensor.name, t) for t in types if t != "Q8_0" or tensor.row % 256]
-    for layer in inventory.moe_layers:
+        out += [((tensor.name, t), effort.type_tokens) for t in types if t != "Q8_0" or tensor.row % 256]
+    return out
+
+
+def _counts(space: Space) -> list[int]:
+    """Expert counts to measure, half of the experts first."""
+    experts = space.inventory.experts
+    nearest = [min(space.kept_options, key=lambda n: abs(n - f * experts)) for f in (0.5, *_PROBED_FRACTIONS)]
+    return [n for n in dict.fromkeys(nearest) if n < experts]
+
+
+def ranking_probes(space: Space, effort: Effort) -> list[Probe]:
+    """Every ranking at one count of every layer, and every top-k."""
+    out: list[Probe] = []
+    for layer in space.inventory.moe_layers:
         seen = set()
-        for fraction in _PROBED_FRACTIONS:
-            kept = min(space.kept_options, key=lambda n: abs(n - fraction * inventory.experts))
+        for kept in _counts(space)[:1]:
             for criterion in space.criteria:
                 experts = space.experts(layer, kept, criterion)
-                if kept < inventory.experts and experts not in seen:
+                if experts not in seen:
                     seen.add(experts)
-                    out.append((f"blk.{layer}.experts", (kept, criterion)))
-        out += [(f"blk.{layer}.top_k", k) for k in space.top_k_options if k < inventory.top_k]
+                    out.append(((f"blk.{layer}.experts", (kept, criterion)), effort.routing_tokens))
+        most = space.inventory.top_k
+        fewer = [k for k in space.top_k_options if k in {most - 1, most // 2} - {most}]
+        out += [((f"blk.{layer}.top_k", k), effort.routing_tokens) for k in fewer]
+    return out
+
+
+def count_probes(space: Space, effort: Effort, measured: Mapping[Probe, float]) -> list[Probe]:
+    """The other counts of every layer, under the ranking that was best at the first one."""
+    out: list[Probe] = []
+    for layer in space.inventory.moe_layers:
+        decision = f"blk.{layer}.experts"
+        at_first = [(cost, option[1][1]) for (option, _), cost in measured.items() if option[0] == decision]
+        if at_first:
+            _, criterion = min(at_first)
+            out += [((decision, (n, criterion)), effort.routing_tokens) for n in _counts(space)[1:]]
     return out
 
 
@@ -66,41 +130,74 @@ class CostModel:
         space: Space,
         measured: Mapping[Option, float],
         errors: Mapping[tuple[str, str], float],
+        estimated: Mapping[tuple[str, str], float] | None = None,
     ) -> None:
         self.space = space
         self.index: dict[Option, int] = {}
         costs: list[float] = []
-        for option, cost in self._complete(measured, errors):
+        for option, cost in self._complete(measured, errors, estimated or {}):
             self.index[option] = len(costs)
             costs.append(cost)
         self.costs = np.array(costs)
 
+    def _types(
+        self,
+        tensor: Tensor,
+        measured: Mapping[Option, float],
+        errors: Mapping[tuple[str, str], float],
+        shape: Mapping[tuple[str, str], float],
+    ) -> Iterable[tuple[Option, float]]:
+        """Costs of every type of a tensor."""
+        ladder = self.space.ladder(tensor)
+        known = sorted(
+            (np.log(max(shape[tensor.name, t], 1e-12)), np.log(max(measured[tensor.name, t], _LEAST)))
+            for t in ladder
+            if (tensor.name, t) in measured
+        )
+        if not known:  # rows no quantized type takes stay as they are
+            for t in ladder:
+                lossless = shape is errors or errors[tensor.name, t] == 0
+                yield (tensor.name, t), 0.0 if lossless else float(shape[tensor.name, t])
+            return
+        xs, ys = np.array([k[0] for k in known]), np.maximum.accumulate([k[1] for k in known])
+        for t in ladder:
+            exact = measured.get((tensor.name, t))
+            at = np.log(max(shape[tensor.name, t], 1e-12))
+            cost = exact if exact is not None else np.exp(_interpolate(at, xs, ys))
+            yield (tensor.name, t), 0.0 if errors[tensor.name, t] == 0 else float(cost)
+
     def _complete(
-        self, measured: Mapping[Option, float], errors: Mapping[tuple[str, str], float]
+        self,
+        measured: Mapping[Option, float],
+        errors: Mapping[tuple[str, str], float],
+        estimated: Mapping[tuple[str, str], float],
     ) -> Iterable[tuple[Option, float]]:
         inventory = self.space.inventory
         for tensor in inventory.quantizable:
-            known = sorted(
-                (np.log(max(errors[tensor.name, t], 1e-12)), np.log(max(measured[tensor.name, t], _LEAST)))
-                for t in self.space.ladder(tensor)
-                if (tensor.name, t) in measured
-            )
-            if not known:  # rows no quantized type takes stay as they are
-                for t in self.space.ladder(tensor):
-                    yield (tensor.name, t), 0.0
-                continue
-            xs, ys = np.array([k[0] for k in known]), np.maximum.accumulate([k[1] for k in known])
-            for t in self.space.ladder(tensor):
-                exact = measured.get((tensor.name, t))
-                error = errors[tensor.name, t]
-                cost = exact if exact is not None else np.exp(_interpolate(np.log(max(error, 1e-12)), xs, ys))
-                yield (tensor.name, t), 0.0 if error == 0 else float(cost)
+            guessed = all((tensor.name, t) in estimated for t in self.space.ladder(tensor))
+            yield from self._types(tensor, measured, errors, estimated if guessed else errors)
         for layer in inventory.moe_layers:
             decision = f"blk.{layer}.experts"
             for criterion in self.space.criteria:
                 yield from self._pruning(decision, layer, criterion, measured)
-            for k in self.space.top_k_options:
-                yield (f"blk.{layer}.top_k", k), float(measured.get((f"blk.{layer}.top_k", k), 0.0))
+            yield from self._activation(f"blk.{layer}.top_k", measured)
+
+    def _activation(self, decision: str, measured: Mapping[Option, float]) -> Iterable[tuple[Option, float]]:
+        """Costs of every top-k: between and beyond measured ones the logarithm is linear in k."""
+        known = sorted((k, c) for (d, k), c in measured.items() if d == decision)
+        most = self.space.inventory.top_k
+        xs, ys = np.array([k for k, _ in known]), np.log([max(c, _LEAST) for _, c in known])
+        slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0]) if len(known) > 1 else 0.0
+        for k in self.space.top_k_options:
+            exact = measured.get((decision, k))
+            if k == most or not known:
+                cost = 0.0
+            elif exact is not None:
+                cost = exact
+            else:
+                inside = xs[0] <= k <= xs[-1]
+                cost = float(np.exp(np.interp(k, xs, ys) if inside else ys[0] + slope * (k - xs[0])))
+            yield (decision, k), cost
 
     def _pruning(
         self, decision: str, layer: int, criterion: str, measured: Mapping[Option, float]
@@ -110,16 +207,29 @@ class CostModel:
         by_experts = {
             space.experts(layer, n, c): cost for (d, (n, c)), cost in _pairs(measured) if d == decision
         }
-        known = {
-            n: by_experts[experts]
-            for n in space.kept_options
-            if (experts := space.experts(layer, n, criterion)) in by_experts
-        }
+        known = self._known(layer, criterion, by_experts)
+        # A ranking measured at few counts has the shape of the one measured at most.
+        fullest = max((self._known(layer, c, by_experts) for c in space.criteria), key=len)
+        shared = [n for n in known if n in fullest and fullest[n] > 0]
+        if len(fullest) > len(known) and shared:
+            ratio = float(np.exp(np.mean([np.log(max(known[n], _LEAST) / fullest[n]) for n in shared])))
+            known = {n: ratio * cost for n, cost in fullest.items()} | known
         known[space.inventory.experts] = 0.0
         xs = sorted(known)
         ys = [known[n] for n in xs]
         for n in space.kept_options:
             yield (decision, (n, criterion)), float(np.interp(n, xs, ys))
+
+    def _known(
+        self, layer: int, criterion: str, by_experts: Mapping[tuple[int, ...], float]
+    ) -> dict[int, float]:
+        """Measured costs of a ranking by count."""
+        space = self.space
+        return {
+            n: by_experts[experts]
+            for n in space.kept_options
+            if (experts := space.experts(layer, n, criterion)) in by_experts
+        }
 
     def columns(self, params: Mapping[str, Any]) -> list[int]:
         """Entries of `costs` that a set of parameters adds up."""

@@ -21,13 +21,16 @@ from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
 from search.console import Stages, console, problem_table
+from search.costs import FULL, STREAMED
 from search.memory import cache_bytes, streams
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
 from search.problem import Problem, make_problem
+from search.runner import TrialRunner
 from search.sampler import make_sampler
-from search.study import TrialRunner, finished, open_storage, open_study, recover
+from search.slope_book import SlopeBook
+from search.study import finished, open_storage, open_study, recover
 from search.tracking import Tracker
 from search.worker import Setup, Worker
 from spaces.budget import format_size
@@ -177,16 +180,18 @@ class Running:
         for line in self.warnings:
             console.print(f"note: {line}")
         with self.stages.stage("option costs") as advance:
-            model = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance)
+            effort = STREAMED if self.setup.stream else FULL
+            model, _ = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance, effort)
         problem = self.search.problem
         self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)
-        self.study.sampler = make_sampler(o.sampler, self.allocator, o.seed)
+        book = SlopeBook(self.search.cache / "slopes")
+        self.study.sampler = make_sampler(o.sampler, self.allocator, o.seed, book)
         self.tracker = Tracker(self.study, o.tracking_uri, o.out, self._parameters())
         self.runner = TrialRunner(
             self.study, self.allocator, self.pool,
             Footprint(problem.carry, problem.budget),
             Throughput(problem.carry, problem.device, problem.context),
-            self.texts["search"].bytes_per_token, WINDOW,
+            self.texts["search"].bytes_per_token, WINDOW, slopes=not self.setup.stream,
         )  # fmt: skip
         self._trials()
         return finish(self)

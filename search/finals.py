@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compression.files import write_text
 from search.pool import Job, Pool
-from search.study import TrialRunner, finished, window_scores
+from search.runner import TrialRunner
+from search.study import finished, window_scores
 from spaces.space import PORTABLE, RAGGED
 
 FINALISTS = 4

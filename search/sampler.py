@@ -1,14 +1,16 @@
-"""Samplers: the budget-exact one of this project, and any Optuna sampler made feasible.
+"""The budget-exact sampler: Thompson sampling over exact budgets.
 
-`KnapsackSampler` draws option costs from the posterior (Thompson sampling) and
-returns the exact optimum for that draw, so every trial fits the budget and
-would be the best one if the draw were true.
+Every ask draws option costs from what the study believes (`search.belief`) and
+returns the best config for that draw, so every trial fits and would be the best
+one if the draw were true. Three arms take turns: near the incumbent (few changes,
+each paid for by others: swaps that the belief expects to gain), anywhere, and the
+front (smaller budgets and fewer active experts, for the other objectives).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,108 +20,181 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from search.allocator import Allocator
-from search.posterior import Posterior
+from search.belief import Belief, Seen, observed
+from search.feasible import FeasibleSampler
+from search.interactions import Interactions
 from search.sampler_names import SAMPLERS
+from search.slope_book import SlopeBook
 from spaces.allocation import InfeasibleError
 from spaces.errors import unknown
 from spaces.space import PORTABLE
 
-_RESAMPLES = 12
-_NEAR = 0.25  # temperature of the careful half of the asks
-_REDUCED_TOP_K = 0.25  # share of asks that explore fewer active experts
-
-
-def observed(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, float, float]]:
-    """(trial, KL, standard error) of every finished or early-stopped trial.
-
-    An early-stopped trial saw only the first windows, which may be harder or
-    easier than the rest: its KL is scaled by what complete trials show of that.
-    """
-    scored = [t for t in trials if "scores" in t.user_attrs]
-    complete = [t for t in scored if t.state == TrialState.COMPLETE]
-    stopped = [t for t in scored if t.state == TrialState.PRUNED]
-    out = [(t, float(t.user_attrs["scores"]["kl"]), float(t.user_attrs["scores"]["kl_se"])) for t in complete]
-    if stopped:
-        first = len(stopped[0].user_attrs["windows"]["kl"])
-        ratios = [
-            t.user_attrs["scores"]["kl"] / max(float(np.mean(t.user_attrs["windows"]["kl"][:first])), 1e-12)
-            for t in complete
-        ]
-        factor = float(np.median(ratios)) if ratios else 1.0
-        for t in stopped:
-            scores = t.user_attrs["scores"]
-            out.append((t, factor * float(scores["kl"]), factor * float(scores["kl_se"])))
-    return out
-
-
-def _fit(allocator: Allocator, costs: np.ndarray, form: str, top_k: dict[int, int] | None) -> dict[str, Any]:
-    """The best of a form, or of the other one at a budget that only the other one meets."""
-    try:
-        return allocator.best(costs, form, top_k)
-    except InfeasibleError:
-        other = next((f for f in allocator.space.forms if f != form), PORTABLE)
-        return allocator.best(costs, other, top_k)
+_RESAMPLES = 8
+_LOCAL, _ANYWHERE = 0.55, 0.85  # cumulative shares of the arms; the rest goes to the front
+_CALM = 0.5  # temperature near the incumbent, and of half of the draws elsewhere
+_PENALTIES = tuple(0.03 * 0.6**i for i in range(14))  # of the incumbent's damage, per change
+_MOST_CHANGES = 32
+_SMALLEST_SHARE = 0.5  # of the limit, on the front
 
 
 class KnapsackSampler(BaseSampler):
     """Bayesian knapsack with Thompson sampling.
 
     Args:
-        allocator: Solves the budget exactly for given costs.
+        allocator: Solves the budget for given costs.
         seed: Of the draws; with the trial's number it decides each of them.
+        slopes: Slopes measured at incumbents.
     """
 
-    def __init__(self, allocator: Allocator, seed: int = 0) -> None:
-        self.allocator = allocator
-        self.seed = seed
+    def __init__(self, allocator: Allocator, seed: int = 0, slopes: SlopeBook | None = None) -> None:
+        self.allocator, self.seed = allocator, seed
+        self.space = allocator.space
+        self.slopes = slopes or SlopeBook()
+        self.interactions = Interactions(allocator.model)
+        self._seen: dict[int, tuple[str, np.ndarray, np.ndarray, bool]] = {}
+        self._beliefs: dict[tuple[Any, ...], Belief] = {}
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return dict(self.allocator.space.distributions)
+        return dict(self.space.distributions)
 
-    def posterior(self, trials: Sequence[FrozenTrial]) -> Posterior:
-        """What the finished trials say of the costs."""
-        model = self.allocator.model
-        columns, kl, se = [], [], []
-        for trial, mean, error in observed(trials):
-            if set(trial.params) >= set(self.allocator.space.distributions):
-                columns.append(model.columns(trial.params))
-                kl.append(mean)
-                se.append(error)
-        return Posterior(model.costs, columns, np.array(kl), np.array(se))
+    def seen(self, trials: Sequence[FrozenTrial]) -> list[Seen]:
+        """What the scored trials say."""
+        whole = self.space.distributions.keys()
+        out = []
+        for trial, damage, noise in observed(trials):
+            if trial.number not in self._seen:
+                if set(trial.params) < whole:
+                    continue
+                columns = np.array(self.allocator.model.columns(trial.params))
+                candidate = self.space.candidate(trial.params)
+                features = self.interactions.features(columns)
+                self._seen[trial.number] = candidate.key, columns, features, candidate.portable
+            key, columns, features, portable = self._seen[trial.number]
+            complete = trial.state == TrialState.COMPLETE
+            out.append(Seen(trial.number, key, columns, features, damage, noise, complete, portable))
+        return out
+
+    def incumbent(self, seen: Sequence[Seen], form: str) -> Seen | None:
+        """The lowest KL of a form among complete trials."""
+        own = [s for s in seen if s.complete and s.portable == (form == PORTABLE)]
+        return min(own, key=lambda s: (s.damage, s.number), default=None)
+
+    def belief(self, seen: Sequence[Seen], near: Seen | None) -> Belief:
+        """What the study believes, holding near a trial."""
+        at = None if near is None else (near.columns, self.slopes.get(near.key))
+        name = (len(seen), None if near is None else near.number, at is not None and at[1] is not None)
+        if name not in self._beliefs:
+            if len(self._beliefs) > 4:
+                self._beliefs.clear()
+            self._beliefs[name] = Belief(self.allocator.model, self.interactions, seen, at)
+        return self._beliefs[name]
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         trials = study.get_trials(deepcopy=False)
-        posterior = self.posterior(trials)
-        space = self.allocator.space
-        tried = {space.candidate(t.params).key for t in trials if set(t.params) >= set(search_space)}
+        seen = self.seen(trials)
+        asked = [t for t in trials if t.state == TrialState.RUNNING and set(t.params) >= set(search_space)]
+        tried = {s.key for s in seen} | {self.space.candidate(t.params).key for t in asked}
         rng = np.random.default_rng((self.seed, trial.number))
-        form = space.forms[int(rng.integers(len(space.forms)))]
-        # Half of the asks stay near what is known to be good, half roam.
-        temperature = _NEAR if rng.random() < 0.5 else 1.0
+        form = self.space.forms[int(rng.integers(len(self.space.forms)))]
+        near = self.incumbent(seen, form)
+        belief = self.belief(seen, near)
+        arm = float(rng.random())
         params: dict[str, Any] = {}
         for attempt in range(_RESAMPLES):
-            # Repeats mean the posterior is sure of itself: widen it until something new comes up.
-            costs = posterior.sample(rng, temperature=temperature * (1 + 0.25 * attempt))
-            params = _fit(self.allocator, costs, form, self._top_k(rng))
-            if space.candidate(params).key not in tried:
+            # Repeats mean the belief is sure of itself: widen it until something new comes up.
+            params = self._propose(belief, near, form, arm, 1 + 0.5 * attempt, rng)
+            if self.space.candidate(params).key not in tried:
                 break
         return params
 
-    def _top_k(self, rng: np.random.Generator) -> dict[int, int] | None:
-        """The model's top-k mostly; sometimes fewer, for the speed end of the front."""
-        space = self.allocator.space
-        if rng.random() >= _REDUCED_TOP_K or space.inventory.top_k == 1:
-            return None
-        first = int(rng.integers(1, space.inventory.top_k))
-        alike = rng.random() < 0.5
-        return {
-            layer: first if alike else int(rng.choice(space.top_k_options))
-            for layer in space.inventory.moe_layers
+    def _propose(
+        self, belief: Belief, near: Seen | None, form: str, arm: float, wider: float, rng: np.random.Generator
+    ) -> dict[str, Any]:
+        """One draw of the arm that `arm` (in 0..1) falls on."""
+        if arm < _LOCAL and near is not None:
+            return self._near(belief, near, form, rng, _CALM * wider)
+        costs = belief.draw(rng, wider * (_CALM if rng.random() < 0.5 else 1.0))
+        if arm < _ANYWHERE or near is None:
+            return self._fit(costs, form, self._cheapest_top_k(costs, form))
+        share = float(rng.uniform(_SMALLEST_SHARE, 1.0))
+        return self._fit(costs, form, self._top_k(rng), share)
+
+    def _near(
+        self, belief: Belief, near: Seen, form: str, rng: np.random.Generator, temperature: float
+    ) -> dict[str, Any]:
+        """The best config for a draw that differs from a trial's in few decisions."""
+        costs = belief.draw(rng, temperature)
+        wanted = int(np.exp(rng.uniform(np.log(2), np.log(_MOST_CHANGES + 1))))
+        total = float(np.abs(costs[near.columns]).sum())
+        here = np.zeros(len(costs), bool)
+        here[near.columns] = True
+        top_k = self._same_top_k(near)
+        top_k = top_k or self._cheapest_top_k(costs, form)
+        params: dict[str, Any] = {}
+        for penalty in _PENALTIES:
+            params = self._fit(np.where(here, costs, costs + penalty * total), form, top_k)
+            changed = set(self.allocator.model.columns(params)) - set(near.columns.tolist())
+            if len(changed) >= wanted:
+                break
+        return params
+
+    def _same_top_k(self, near: Seen) -> dict[int, int] | None:
+        """Active experts per layer of a trial; None where they are the model's own."""
+        here, index, options = (
+            set(near.columns.tolist()),
+            self.allocator.model.index,
+            self.space.top_k_options,
+        )
+        chosen = {
+            layer: next(k for k in options if index[f"blk.{layer}.top_k", k] in here)
+            for layer in self.space.inventory.moe_layers
         }
+        return None if set(chosen.values()) == {self.space.inventory.top_k} else chosen
+
+    def _fit(
+        self, costs: np.ndarray, form: str, top_k: dict[int, int] | None = None, share: float = 1.0
+    ) -> dict[str, Any]:
+        """The best of a form; where that does not fit, with the whole limit, then of the other form."""
+        other = next((f for f in self.space.forms if f != form), form)
+        for wanted, part in ((form, share), (form, 1.0), (other, 1.0)):
+            try:
+                return self.allocator.draw(costs, wanted, top_k, part)
+            except InfeasibleError:
+                continue
+        return self.allocator.best(costs, PORTABLE, top_k)
+
+    def _cheapest_top_k(self, costs: np.ndarray, form: str) -> dict[int, int]:
+        """Active experts per layer that a draw of costs finds best; mostly the model's own."""
+        index, layers = self.allocator.model.index, self.space.inventory.moe_layers
+        table = np.array(
+            [[costs[index[f"blk.{layer}.top_k", k]] for k in self.space.top_k_options] for layer in layers]
+        )
+        rows = np.broadcast_to(table.sum(0), table.shape) if form == PORTABLE else table
+        return {
+            layer: self.space.top_k_options[int(row.argmin())]
+            for layer, row in zip(layers, rows, strict=True)
+        }
+
+    def _top_k(self, rng: np.random.Generator) -> dict[int, int] | None:
+        """Fewer active experts, in all layers or in some; half of the time the model's own."""
+        most = self.space.inventory.top_k
+        if rng.random() < 0.5 or most == 1:
+            return None
+        first, alike = int(rng.choice(self.space.top_k_options)), rng.random() < 0.5
+        return {
+            layer: first if alike else int(rng.choice(self.space.top_k_options))
+            for layer in self.space.inventory.moe_layers
+        }
+
+    def predict(self, trials: Sequence[FrozenTrial], params: dict[str, Any]) -> float:
+        """Expected KL of a set of parameters after the trials so far, nats."""
+        columns = np.array(self.allocator.model.columns(params))
+        belief = self.belief(self.seen(trials), None)
+        return belief.predict(columns, self.interactions.features(columns))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -127,79 +202,14 @@ class KnapsackSampler(BaseSampler):
         raise ValueError(f"{param_name!r} is not a parameter of the space this sampler was made for")
 
 
-class FeasibleSampler(BaseSampler):
-    """Any Optuna sampler, its proposals moved to the nearest config that fits the budget.
-
-    Nearest means the fewest steps on the ladders of types and expert counts,
-    squared and summed; the move is an exact knapsack too.
-    """
-
-    def __init__(self, inner: BaseSampler, allocator: Allocator) -> None:
-        self.inner, self.allocator = inner, allocator
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return dict(self.allocator.space.distributions)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        own = self.inner.infer_relative_search_space(study, trial)
-        params = dict(self.inner.sample_relative(study, trial, own))
-        for name, distribution in search_space.items():
-            if name not in params:
-                params[name] = self.inner.sample_independent(study, trial, name, distribution)
-        return self.repair(params)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.inner.before_trial(study, trial)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        self.inner.after_trial(study, trial, state, values)
-
-    def reseed_rng(self) -> None:
-        self.inner.reseed_rng()
-
-    def repair(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """`params` if they fit, else the nearest ones that do."""
-        space, allocator = self.allocator.space, self.allocator
-        plan = allocator.carry.plan(space.candidate(params).plan)
-        form = str(params["form"])
-        if allocator.carry.target.file_bytes(plan) <= allocator.limit:
-            return dict(params)
-        costs = np.zeros(len(allocator.model.costs))
-        for tensor in space.inventory.quantizable:
-            steps = space.ladder(tensor)
-            wanted = steps.index(params[tensor.name])
-            for i, type_name in enumerate(steps):
-                costs[allocator.model.index[tensor.name, type_name]] = (i - wanted) ** 2
-        top_k = {}
-        for layer in space.inventory.moe_layers:
-            kept, top_k[layer] = space.layer_choice(params, layer)
-            criterion, wanted = params[f"blk.{layer}.criterion"], space.kept_options.index(kept)
-            for i, n in enumerate(space.kept_options):
-                for c in space.criteria:
-                    column = allocator.model.index[f"blk.{layer}.experts", (n, c)]
-                    costs[column] = (i - wanted) ** 2 + (0.0 if c == criterion else 0.5)
-        return _fit(allocator, costs, form, top_k)
-
-
-def make_sampler(name: str, allocator: Allocator, seed: int) -> BaseSampler:
+def make_sampler(name: str, allocator: Allocator, seed: int, slopes: SlopeBook | None = None) -> BaseSampler:
     """The sampler `--sampler` names.
 
     Raises:
         UserError: An unknown name.
     """
     if name == "knapsack":
-        return KnapsackSampler(allocator, seed)
+        return KnapsackSampler(allocator, seed, slopes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":

@@ -7,13 +7,23 @@ the same command runs again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compression.files import write_text
 from evaluators.texts import TextSet, make_windows, read_documents, split_documents
-from search.costs import CostModel, Option, probes
+from search.costs import (
+    STREAMED,
+    CostModel,
+    Effort,
+    Option,
+    Probe,
+    count_probes,
+    ranking_probes,
+    type_probes,
+)
 from search.pool import Job, Pool
 from search.worker import bank_index, load_text, save_bank_index, save_text
 from spaces.space import Space
@@ -22,7 +32,6 @@ SEARCH_TOKENS = 16384
 SELECTION_TOKENS = 24576
 REPORT_TOKENS = 24576
 CALIBRATION_TOKENS = 16384
-COST_TOKENS = 2048
 _TOGETHER = 16  # options measured in one job
 
 Progress = Callable[[int, int], None]
@@ -62,10 +71,10 @@ def stale(cache: Path, identity: dict[str, Any]) -> bool:
 
 
 def calibrate(pool: Pool, cache: Path, progress: Progress) -> None:
-    """Calibration first (the bank hangs on it), then the base model's states on the three texts."""
+    """Calibration first (the bank hangs on it), then expert sets (so does the space) and base states."""
     names = ("search", "selection", "report")
     sizes = {n: int(load_text(n, cache).windows.size) for n in (*names, "calibration")}
-    total, done = sum(sizes.values()), 0
+    total, done = sum(sizes.values()) + sizes["calibration"], 0
 
     def advance(name: str) -> None:
         nonlocal done
@@ -74,6 +83,9 @@ def calibrate(pool: Pool, cache: Path, progress: Progress) -> None:
 
     if not (cache / "calibration.npz").exists():
         pool.run([("calibrate", ())])
+    advance("calibration")
+    if not (cache / "expert_sets.json").exists():
+        pool.run([("expert_sets", ())])
     advance("calibration")
     missing = [n for n in names if not (cache / f"base-{n}.npy").exists()]
     for name in set(names) - set(missing):
@@ -115,42 +127,95 @@ def quantize(pool: Pool, space: Space, cache: Path, progress: Progress) -> dict[
     return {name: error for name, (_, error) in index.items()}
 
 
-def _read_costs(file: Path) -> dict[Option, float]:
-    """Costs measured so far; a line cut short by a crash is measured again."""
-    out: dict[Option, float] = {}
-    if file.exists():
-        for line in file.read_text("utf-8").splitlines():
-            try:
-                decision, choice, cost = json.loads(line)
-            except ValueError:
-                continue
-            out[decision, tuple(choice) if isinstance(choice, list) else choice] = cost
-    return out
+@dataclass
+class CostFile:
+    """Costs measured so far, a JSON line each; a line cut short by a crash is measured again.
+
+    The lines of another effort, texts or quantizer stay, but only those whose
+    tokens agree are used.
+    """
+
+    file: Path
+
+    def read(self) -> tuple[dict[Probe, float], dict[tuple[str, str], float]]:
+        """Measured (option, tokens) and estimated (tensor, type) costs."""
+        measured: dict[Probe, float] = {}
+        estimated: dict[tuple[str, str], float] = {}
+        if self.file.exists():
+            for line in self.file.read_text("utf-8").splitlines():
+                try:
+                    decision, choice, tokens, cost = json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+                if tokens == 0:
+                    estimated[decision, choice] = cost
+                else:
+                    option = (decision, tuple(choice) if isinstance(choice, list) else choice)
+                    measured[option, tokens] = cost
+        return measured, estimated
+
+    def append(self, rows: Iterable[tuple[str, Any, int, float]]) -> None:
+        """Adds (decision, choice, tokens, cost) rows; 0 tokens for an estimate."""
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def measure_costs(
-    pool: Pool, space: Space, errors: dict[tuple[str, str], float], cache: Path, progress: Progress
-) -> CostModel:
-    """Measures the probed options one at a time and completes them to a cost model."""
-    file = cache / "costs.jsonl"
-    measured = _read_costs(file)
-    wanted = probes(space)
-    missing = [o for o in wanted if o not in measured]
-    # Neighbours share the blocks before the one they change, so they go to a worker together.
-    chunks = [missing[i : i + _TOGETHER] for i in range(0, len(missing), _TOGETHER)]
-    jobs: list[Job] = [("costs", (chunk, COST_TOKENS)) for chunk in chunks]
+    pool: Pool,
+    space: Space,
+    errors: dict[tuple[str, str], float],
+    cache: Path,
+    progress: Progress,
+    effort: Effort = STREAMED,
+) -> tuple[CostModel, int]:
+    """Estimates every type by gradients and measures the probed options one at a time.
+
+    Returns:
+        The cost model, and the tokens of forward pass it took in all (now or earlier).
+    """
+    file = CostFile(cache / "costs.jsonl")
+    measured, estimated = file.read()
+    spent = 0
+    if effort.slope_tokens:
+        if not estimated:
+            (_, rows), *_ = pool.run([("slopes", (None, effort.slope_tokens, effort.slope_probes))])
+            file.append((name, kind, 0, second) for name, kind, _, second in rows)
+            _, estimated = file.read()
+        spent += effort.slope_tokens * (4 + 2 * effort.slope_probes)
+    first = [*ranking_probes(space, effort), *type_probes(space, effort)]
+    _measure(pool, file, first, measured, progress)
+    counts = count_probes(space, effort, {p: measured[p] for p in first})
+    _measure(pool, file, counts, measured, progress)
+    wanted = [*first, *counts]
+    known = {option: measured[option, tokens] for option, tokens in wanted}
+    spent += sum(tokens for _, tokens in wanted)
+    return CostModel(space, known, errors, estimated if effort.slope_tokens else {}), spent
+
+
+def _measure(
+    pool: Pool, file: CostFile, wanted: Sequence[Probe], measured: dict[Probe, float], progress: Progress
+) -> None:
+    """Adds what is missing to `measured` and to the file."""
+    missing = [p for p in wanted if p not in measured]
     done = len(wanted) - len(missing)
     progress(done, len(wanted))
-    with file.open("a", encoding="utf-8") as stream:
+    # Neighbours share the blocks before the one they change, so they go to a worker together.
+    groups: dict[int, list[Option]] = {}
+    for option, tokens in missing:
+        groups.setdefault(tokens, []).append(option)
+    chunks = [
+        (options[i : i + _TOGETHER], tokens)
+        for tokens, options in groups.items()
+        for i in range(0, len(options), _TOGETHER)
+    ]
 
-        def collect(i: int, costs: list[float]) -> None:
-            nonlocal done
-            for (decision, choice), cost in zip(chunks[i], costs, strict=True):
-                measured[decision, choice] = cost
-                stream.write(json.dumps([decision, choice, cost]) + "\n")
-            stream.flush()
-            done += len(costs)
-            progress(done, len(wanted))
+    def collect(i: int, costs: list[float]) -> None:
+        nonlocal done
+        options, tokens = chunks[i]
+        file.append((d, choice, tokens, cost) for (d, choice), cost in zip(options, costs, strict=True))
+        for option, cost in zip(options, costs, strict=True):
+            measured[option, tokens] = cost
+        done += len(costs)
+        progress(done, len(wanted))
 
-        pool.run(jobs, collect)
-    return CostModel(space, measured, errors)
+    pool.run([("costs", chunk) for chunk in chunks], collect)

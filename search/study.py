@@ -1,11 +1,10 @@
-"""The Optuna study: created or resumed, filled with trials, early-stopped on few tokens."""
+"""The Optuna study: created or resumed."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +12,9 @@ import numpy as np
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from evaluators.base import Scores
-from evaluators.footprint import Footprint
-from evaluators.throughput import Throughput
-from search.allocator import Allocator
-from search.pool import Pool
-from search.stages import SEARCH_TOKENS
 from spaces.errors import UserError
-
-FIRST_TOKENS = 4096
-"""Tokens of the first fidelity; what is promising goes on to all search tokens."""
-
-BATCH = 4
-"""Trials asked, scored and told together: fixed, so that the number of workers changes no result."""
 
 _DIRECTIONS: tuple[Literal["minimize", "maximize"], ...] = ("minimize", "minimize", "maximize")
 _METRICS = ("KL (nats)", "target bytes", "target tokens/s")
@@ -116,98 +103,3 @@ def window_scores(columns: dict[str, list[float]], bytes_per_token: float, lengt
         "top1": float(np.mean(columns["top1"])),
         "tokens": int(len(kl) * length),
     }
-
-
-@dataclass
-class TrialRunner:
-    """Runs trials in batches on a pool.
-
-    Attributes:
-        study: Where trials are asked and told.
-        allocator: Space, carry and limit.
-        footprint, throughput: The measures that need no tokens.
-        bytes_per_token: Of the search text.
-        window: Tokens per window.
-        on_trial: Called with every trial that was told.
-    """
-
-    study: optuna.Study
-    allocator: Allocator
-    pool: Pool
-    footprint: Footprint
-    throughput: Throughput
-    bytes_per_token: float
-    window: int
-    on_trial: Callable[[FrozenTrial], None] = lambda trial: None
-
-    def run(self, total: int) -> None:
-        """Asks until the study has `total` finished trials."""
-        while (missing := total - len(finished(self.study))) > 0:
-            space = self.allocator.space
-            trials = [self.study.ask(space.distributions) for _ in range(min(BATCH, missing))]
-            self._batch(trials)
-
-    def _batch(self, trials: Sequence[Trial]) -> None:
-        candidates = [self.allocator.space.candidate(t.params) for t in trials]
-        texts = [c.to_json() for c in candidates]
-        first = self._score(texts, FIRST_TOKENS)
-        for candidate, columns in zip(candidates, first, strict=True):
-            if not np.isfinite(columns["kl"]).all():
-                raise UserError(
-                    f"candidate {candidate.key}: its KL is not a number; are the model's weights sound?"
-                )
-        static = [{**self.footprint.evaluate(c), **self.throughput.evaluate(c)} for c in candidates]
-        complete = [t for t in finished(self.study) if t.state == TrialState.COMPLETE]
-        # Each form has a winner of its own, so a trial is measured against its own form only.
-        rivals = [[t for t in complete if self._portable(t) == c.portable] for c in candidates]
-        chosen = [
-            i for i, trial in enumerate(trials)
-            if "baseline" in trial.user_attrs
-            or self._promising(float(np.mean(first[i]["kl"])), static[i], rivals[i])
-        ]  # fmt: skip
-        rest = self._score([texts[i] for i in chosen], SEARCH_TOKENS, FIRST_TOKENS)
-        for i, more in zip(chosen, rest, strict=True):
-            first[i] = {name: [*first[i][name], *more[name]] for name in first[i]}
-        for i, trial in enumerate(trials):
-            self._tell(trial, candidates[i].key, first[i], static[i], complete=i in chosen)
-
-    def _score(self, candidates: Sequence[str], tokens: int, first: int = 0) -> list[dict[str, list[float]]]:
-        """Scores candidates together, each worker its share of neighbours."""
-        share = -(-len(candidates) // max(1, self.pool.size))
-        chunks = [candidates[i : i + share] for i in range(0, len(candidates), max(1, share))]
-        found = self.pool.run([("score", (chunk, "search", tokens, first)) for chunk in chunks])
-        return [columns for chunk in found for columns in chunk]
-
-    def _portable(self, trial: FrozenTrial) -> bool:
-        return self.allocator.space.candidate(trial.params).portable
-
-    def _promising(self, kl: float, static: dict[str, Any], complete: Sequence[FrozenTrial]) -> bool:
-        """Whether no finished trial is as small and fast and clearly better on the same first windows."""
-        windows = FIRST_TOKENS // self.window
-        for other in complete:
-            scores = other.user_attrs["scores"]
-            better = float(np.mean(other.user_attrs["windows"]["kl"][:windows])) < 0.98 * kl
-            small = scores["target_bytes"] <= 1.005 * static["target_bytes"]
-            fast = scores["tokens_per_second"] >= 0.995 * static["tokens_per_second"]
-            if better and small and fast:
-                return False
-        return True
-
-    def _tell(
-        self,
-        trial: Trial,
-        key: str,
-        columns: dict[str, list[float]],
-        static: dict[str, Any],
-        *,
-        complete: bool,
-    ) -> None:
-        scores = Scores(**window_scores(columns, self.bytes_per_token, self.window), **static).to_dict()
-        trial.set_user_attr("candidate", key)
-        trial.set_user_attr("predicted_kl", self.allocator.model.predict(trial.params))
-        trial.set_user_attr("windows", {n: [round(v, 7) for v in c] for n, c in columns.items()})
-        trial.set_user_attr("scores", scores)
-        trial.set_constraint("bytes over budget", scores["target_bytes"] / self.allocator.limit - 1)
-        values = [scores["kl"], scores["target_bytes"], scores["tokens_per_second"]]
-        outcome = {"values": values} if complete else {"state": TrialState.PRUNED}
-        self.on_trial(self.study.tell(trial, **outcome))

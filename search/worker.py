@@ -119,11 +119,13 @@ class Worker:
     @cached_property
     def space(self) -> Any:
         from compression.expert_pruning import rankings
+        from compression.expert_sets import read_sets
         from spaces.space import Space
 
-        inventory = self.checkpoint.inventory
+        inventory, file = self.checkpoint.inventory, self.cache / "expert_sets.json"
         ranked = rankings(self.calibration, inventory.moe_layers)
-        return Space(inventory, ranked, self.setup.runtime, self.setup.types)
+        sets = read_sets(file, inventory) if file.exists() else {}
+        return Space(inventory, ranked, self.setup.runtime, self.setup.types, sets)
 
     @cached_property
     def harness(self) -> Any:
@@ -156,6 +158,18 @@ class Worker:
         result = calibrate(self.model, text.windows, text.digest)
         result.save(self.cache / "calibration.npz")
         return result.tokens
+
+    def expert_sets(self) -> int:
+        """Writes expert_sets.json, the experts to keep of every layer and count; returns how many sets."""
+        from compression.expert_pruning import protected
+        from compression.expert_sets import expert_sets, write_sets
+        from spaces.space import Space
+
+        windows = load_text("calibration", self.cache).windows
+        counts = Space(self.checkpoint.inventory, {}).kept_options
+        sets = expert_sets(self.model, windows, counts, protected(self.calibration))
+        write_sets(sets, self.cache / "expert_sets.json")
+        return sum(map(len, sets.values()))
 
     def base_states(self, name: str) -> int:
         """Writes the base model's states on a text; returns its tokens."""
@@ -196,6 +210,23 @@ class Worker:
         settings = [alone(self.settings, self.space, decision, choice) for decision, choice in options]
         measured = self.population.measure(settings, self._text("search", tokens), self._states("search"))
         return [d.mean_kl for d in measured]
+
+    def slopes(
+        self, candidate: str | None, tokens: int, probes: int, seed: int = 0
+    ) -> tuple[int, list[tuple[str, str, float, float]]]:
+        """Tokens spent, and (tensor, type, first, second) of every type at a candidate (None: uncompressed).
+
+        See `evaluators.slopes`.
+        """
+        from evaluators.slopes import Slopes
+        from spaces.candidate import Candidate
+
+        slopes, text = Slopes(self.model, self.space), self._text("search", tokens)
+        setting = self.settings.base
+        if candidate is not None:
+            setting = self.settings.of(Candidate.from_json(candidate))
+        found = slopes.at(setting, text, self._states("search"), probes, seed)
+        return slopes.tokens(text, probes), [(n, t, s.first, s.second) for (n, t), s in found.items()]
 
     def score(
         self, candidates: Sequence[str], name: str, tokens: int, first: int = 0

@@ -3,7 +3,8 @@
 Parameters: `form` (portable or ragged, where the runtime allows both), `kept`
 and `top_k` for all layers of a portable candidate, `blk.N.kept`, `blk.N.top_k`
 for each layer of a ragged one, `blk.N.criterion` (which ranking the kept
-experts come from), and one type per quantizable tensor under its GGUF name.
+experts come from, or the table of sets), and one type per quantizable tensor
+under its GGUF name.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
 
 from spaces.candidate import Candidate, MoeLayer
-from spaces.errors import unknown
+from spaces.errors import UserError, unknown
 from spaces.inventory import Inventory, Tensor
 from spaces.quant_types import fitting, ladder
 from spaces.runtimes import RUNTIMES
 
 PORTABLE, RAGGED = "portable", "ragged"
+SET = "set"
+"""The criterion that takes the kept experts from `Space.sets`."""
+
 _STEPS = 16  # expert counts vary in sixteenths of the model's
 
 
@@ -51,20 +55,27 @@ class Space:
         rankings: criterion -> layer -> experts, most important first.
         runtime: Name in `spaces.runtimes.RUNTIMES`.
         types: The only types to choose from; () for all.
+        sets: layer -> count -> experts chosen together, ascending; with {} there is no such criterion.
     """
 
     inventory: Inventory
     rankings: Mapping[str, Mapping[int, tuple[int, ...]]]
     runtime: str = "any"
     types: tuple[str, ...] = ()
+    sets: Mapping[int, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
             raise unknown("--runtime", self.runtime, RUNTIMES)
+        for layer in self.inventory.moe_layers if self.sets else ():
+            for kept in self.kept_options:
+                if kept < self.inventory.experts and kept not in self.sets.get(layer, ()):
+                    raise UserError(f"expert sets: none of {kept} experts in layer {layer}; make them anew")
 
     @cached_property
     def criteria(self) -> tuple[str, ...]:
-        return tuple(self.rankings)
+        """The rankings, and the table of sets after them where there is one."""
+        return (*self.rankings, SET) if self.sets else tuple(self.rankings)
 
     @cached_property
     def forms(self) -> tuple[str, ...]:
@@ -120,7 +131,8 @@ class Space:
         """Names the space: a study may not go on in another one."""
         text = json.dumps({k: distribution_to_json(d) for k, d in self.distributions.items()}, sort_keys=True)
         ranks = json.dumps({c: {str(k): v for k, v in r.items()} for c, r in self.rankings.items()})
-        return hashlib.sha256((text + ranks).encode()).hexdigest()[:16]
+        sets = json.dumps({str(k): v for k, v in self.sets.items()}) if self.sets else ""
+        return hashlib.sha256((text + ranks + sets).encode()).hexdigest()[:16]
 
     @cached_property
     def log10_size(self) -> float:
@@ -139,6 +151,9 @@ class Space:
 
     def experts(self, layer: int, kept: int, criterion: str) -> tuple[int, ...]:
         """The experts that stay in a layer."""
+        if criterion == SET:
+            whole = self.inventory.experts
+            return tuple(range(whole)) if kept == whole else self.sets[layer][kept]
         return pick(self.rankings[criterion][layer], kept, self.inventory.groups)
 
     def candidate(self, params: Mapping[str, Any]) -> Candidate:

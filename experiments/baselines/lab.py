@@ -68,6 +68,7 @@ class Lab:
         seed: Of whatever the method draws.
         tokens: Tokens of forward pass it may spend.
         worker: Shared between labs to save loading.
+        scratch: Folder for what a method may keep between runs.
         spent: Tokens spent. A candidate on n tokens costs n, alone or in company; a backward pass twice that.
         offers: In the order they were made.
     """
@@ -77,6 +78,7 @@ class Lab:
     seed: int
     tokens: int
     worker: Worker
+    scratch: Path = Path("unused")
     spent: int = 0
     offers: list[Offer] = field(default_factory=list)
 

@@ -229,3 +229,28 @@ def test_a_resident_model_reads_nothing_again(
     assert np.isfinite(own_logits(model, windows)).all()
     model.reset()
     assert np.array_equal(own_logits(model, windows), expected)
+
+
+def test_a_layer_is_read_once_for_candidates_that_agree_in_it(
+    streamed: CandidateModel,
+    tiny_model: CandidateModel,
+    tiny_texts: dict[str, TextSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from collections import Counter
+    from compression.setting import Settings
+    from evaluators.population import Population
+
+    text, inventory = tiny_texts["search"], tiny_model.inventory
+    base_states(tiny_model, text, tmp_path / "base.npy")
+    wanted = [
+        provide(tiny_model, candidate(inventory, {1: (0, 1, 3)}, types={"output.weight": kind}))
+        for kind in ("Q8_0", "Q4_K")
+    ]
+    written: Counter[str] = Counter()
+    write = streamed._write
+    monkeypatch.setattr(streamed, "_write", lambda part: (written.update([part.name]), write(part))[1])
+    settings = [Settings(inventory).of(c) for c in wanted]
+    Population(streamed).measure(settings, text, np.load(tmp_path / "base.npy"))
+    assert {n: c for n, c in written.items() if n.startswith("blk.") and c != 1} == {}

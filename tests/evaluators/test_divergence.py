@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compression.candidate_model import CandidateModel
-from evaluators.divergence import Divergence, base_states, compare, measure
+from evaluators.divergence import Divergence, Reference, base_states, compare, measure
 from evaluators.texts import TextSet
 from tests.compression.support import candidate, log_softmax, logits, mixed_types, provide
 
@@ -46,6 +46,15 @@ def test_kl_has_a_direction_and_ignores_constants() -> None:
     assert not torch.allclose(there, back, rtol=0.01)
     assert torch.allclose(there, compare(base + 100, other - 50, windows)[0], rtol=1e-3)
     assert compare(base, base.clone(), windows)[0].abs().max() < 1e-6
+
+
+def test_one_reference_serves_many_candidates() -> None:
+    base, windows = random_logits(0, 2, 5), torch.zeros(2, 5, dtype=torch.long)
+    reference = Reference(base, windows)
+    for seed in (1, 2, 1):
+        other = random_logits(seed, 2, 5)
+        for found, expected in zip(reference.compare(other), compare(base, other, windows), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.fixture
@@ -106,14 +115,27 @@ def test_windows_are_measured_one_by_one(
     np.testing.assert_allclose(rest.kl, whole.kl[3:], rtol=1e-4)
 
 
-def test_more_windows_than_a_batch_are_all_measured(
-    tiny_model: CandidateModel, tiny_texts: dict[str, TextSet], tmp_path: Path
+@pytest.mark.parametrize("together", [0.5, 1, 4], ids=["less than one", "one", "four"])
+def test_more_windows_than_fit_at_once_are_all_measured(
+    tiny_model: CandidateModel,
+    tiny_texts: dict[str, TextSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    together: float,
 ) -> None:
     text = TextSet("x", tiny_texts["calibration"].windows[:11, :16], ("x",) * 11, 3.0)
     base_states(tiny_model, text, tmp_path / "base.npy")
-    result = measure(tiny_model, text, np.load(tmp_path / "base.npy"))
-    assert result.kl.shape == (11,)
-    assert abs(result.mean_kl) < 1e-6
+    states = np.load(tmp_path / "base.npy")
+    tiny_model.restrict(1, (0, 1, 3))
+    expected = measure(tiny_model, text, states)
+    assert expected.kl.shape == (11,)
+    assert expected.kl.min() > 1e-4
+    monkeypatch.setattr("evaluators.divergence._LOGITS", int(together * 16 * tiny_model.inventory.vocabulary))
+    found = measure(tiny_model, text, states)
+    for name in ("kl", "nll", "top1"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, err_msg=name)
+    tiny_model.reset()
+    assert abs(measure(tiny_model, text, states).mean_kl) < 1e-6
 
 
 def divergence(kl: list[float], nll: list[float]) -> Divergence:

@@ -174,6 +174,21 @@ def test_the_number_of_workers_changes_no_result(sampler: str) -> None:
     assert trials(1) == trials(7)
 
 
+@pytest.mark.parametrize(("size", "shares"), [(1, [4]), (2, [2, 2]), (3, [2, 2]), (7, [1, 1, 1, 1])])
+def test_trials_of_a_batch_are_scored_together_and_shared_out_to_the_workers(
+    size: int, shares: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, jobs = FakePool(lambda c: 1.0, size), []
+    run = pool.run
+    monkeypatch.setattr(pool, "run", lambda some: [jobs.append(some), run(some)][1])
+    study = study_of()
+    make_runner(study, ALLOCATOR, pool).run(BATCH)
+    first = jobs[0]
+    assert [len(args[0]) for _, args in first] == shares
+    scored = [Candidate.from_json(text).key for _, args in first for text in args[0]]
+    assert scored == [t.user_attrs["candidate"] for t in study.get_trials()]
+
+
 def test_scores_of_windows_are_averaged() -> None:
     columns = {"kl": [0.1, 0.3], "nll": [1.0, 3.0], "top1": [0.5, 1.0]}
     scores = window_scores(columns, bytes_per_token=4.0, length=WINDOW)

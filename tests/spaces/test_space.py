@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,25 @@ from hypothesis import strategies as st
 from compression.families import open_inventory
 from spaces.errors import UserError
 from spaces.quant_types import ladder
-from spaces.space import PORTABLE, RAGGED, Space, pick
+from spaces.space import PORTABLE, RAGGED, SET, Space, pick
 from tests.spaces import tiny
+
+
+def sets(space: Space, seed: int = 0) -> dict[int, dict[int, tuple[int, ...]]]:
+    """Random experts of every layer and count but the full one, as many per group."""
+    rng, everyone = random.Random(seed), range(space.inventory.experts)
+    return {
+        layer: {
+            n: pick(tuple(rng.sample(everyone, len(everyone))), n, space.inventory.groups)
+            for n in space.kept_options[:-1]
+        }
+        for layer in space.inventory.moe_layers
+    }
+
+
+def with_sets(space: Space, seed: int = 0) -> Space:
+    return replace(space, sets=sets(space, seed))
+
 
 SPACES = [
     tiny.space(),
@@ -25,6 +43,8 @@ SPACES = [
     tiny.space(n_routed_experts=2, num_experts_per_tok=1),
     tiny.space(n_routed_experts=64, num_hidden_layers=2, n_group=8),
     tiny.space(first_k_dense_replace=0, qk_nope_head_dim=48, kv_lora_rank=96),
+    with_sets(tiny.space()),
+    with_sets(tiny.space("llama.cpp", **tiny.GROUPED)),
 ]
 POSITIONS = st.integers(0, len(SPACES) - 1)
 SEEDS = st.integers(0, 2**32).map(random.Random)
@@ -152,8 +172,47 @@ def test_digest_tells_spaces_apart_and_nothing_else() -> None:
         tiny.space(num_hidden_layers=5),
         Space(model, tiny.rankings(model, seed=1)),
         tiny.space(qk_nope_head_dim=256),
+        with_sets(tiny.space()),
+        with_sets(tiny.space(), seed=1),
     ]
-    assert len({s.digest for s in (tiny.space(), *others)}) == 5
+    assert len({s.digest for s in (tiny.space(), *others)}) == 7
+
+
+def test_sets_are_the_last_criterion_and_give_their_own_experts() -> None:
+    plain = tiny.space(**tiny.GROUPED)
+    space = with_sets(plain)
+    assert space.criteria == ("reap", "mass", "paper", SET)
+    everyone = tuple(range(16))
+    for layer, by in space.sets.items():
+        for count, kept in by.items():
+            assert space.experts(layer, count, SET) == kept
+            assert space.experts(layer, count, "reap") == plain.experts(layer, count, "reap")
+        assert space.experts(layer, 16, SET) == everyone
+    added = set(space.distributions) ^ set(plain.distributions)
+    assert not added
+    assert [n for n in plain.distributions if plain.distributions[n] != space.distributions[n]] == [
+        f"blk.{layer}.criterion" for layer in space.inventory.moe_layers
+    ]
+
+
+def test_without_sets_nothing_changes() -> None:
+    plain, empty = tiny.space(), replace(tiny.space(), sets={})
+    assert (empty.criteria, empty.digest, empty.distributions) == (
+        plain.criteria,
+        plain.digest,
+        plain.distributions,
+    )
+    with pytest.raises(KeyError):
+        plain.experts(1, 4, SET)
+
+
+@pytest.mark.parametrize("gap", ["layer", "count"])
+def test_sets_with_a_gap_are_refused(gap: str) -> None:
+    space = tiny.space()
+    found = sets(space)
+    del (found if gap == "layer" else found[2])[2 if gap == "layer" else 4]
+    with pytest.raises(UserError, match=r"none of . experts in layer 2"):
+        replace(space, sets=found)
 
 
 def test_the_number_of_candidates_is_counted() -> None:

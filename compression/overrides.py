@@ -1,0 +1,70 @@
+"""What a repair changed of one candidate: other values in the same bytes.
+
+A candidate says which type every tensor takes; a repair may give some tensors other
+blocks of that type, and the tensors that are never quantized other numbers. Scores
+and files are made of the same overrides, so a repaired candidate is still scored as
+it ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from compression.files import atomic
+from compression.safetensors_file import read, read_header, read_raw
+from compression.safetensors_writer import Item, write
+from spaces.candidate import Candidate
+from spaces.errors import UserError
+from spaces.inventory import Inventory
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Repairs of a candidate.
+
+    Attributes:
+        candidate: Key of the candidate they belong to.
+        blocks: Tensor -> (..., row bytes) uint8 in the candidate's type, of all experts.
+        plain: Tensor that is never quantized -> float32 in GGUF's order, of all experts.
+    """
+
+    candidate: str
+    blocks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    plain: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        items = [Item(n, "U8", x.shape, lambda x=x: [x]) for n, x in self.blocks.items()]  # type: ignore[misc]
+        items += [Item(n, "F32", x.shape, lambda x=x: [x]) for n, x in self.plain.items()]  # type: ignore[misc]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as stream:
+            write(stream, items, {"format": "moefit repairs", "candidate": self.candidate})
+
+    @classmethod
+    def load(cls, path: Path, inventory: Inventory, candidate: Candidate) -> Overrides:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: The file is damaged, or not of this candidate.
+        """
+        raw, entries = read_header(path)
+        if f'"candidate": "{candidate.key}"'.encode() not in raw:
+            raise UserError(f"{path}: repairs of another candidate; delete it and run the search again")
+        types = dict(candidate.types)
+        blocks, plain = {}, {}
+        for name, entry in entries.items():
+            tensor = inventory.by_name.get(name)
+            if tensor is None:
+                raise UserError(f"{path}: {name} is no tensor of {inventory.name}; delete the file")
+            wanted = tensor.bytes(types[name]) if tensor.quantizable else 4 * tensor.parameters
+            if entry.size != wanted or entry.kind != ("U8" if tensor.quantizable else "F32"):
+                raise UserError(f"{path}: {name} is not {wanted} bytes; delete it and run the search again")
+            if tensor.quantizable:
+                blocks[name] = read_raw(entry).reshape(entry.shape)
+            else:
+                plain[name] = read(entry)
+        return cls(candidate.key, blocks, plain)

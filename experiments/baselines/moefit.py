@@ -1,0 +1,214 @@
+"""This project's own search on a lab's account of tokens: the engine of `search.run`, levers at will.
+
+It differs from a study of `search.run` in what the lab is about: the budget is the
+searched model's own, the highest rung is 4,096 tokens as for every other method,
+and costs are measured with the lean effort. Costs depend on neither budget nor
+seed, so a folder keeps them between runs; every run is charged for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from evaluators.footprint import Footprint
+from evaluators.texts import WINDOW
+from evaluators.throughput import Throughput
+from experiments.baselines.lab import Lab
+from experiments.baselines.method import Method, Unreachable
+from search.allocator import Allocator
+from search.costs import LEAN, CostModel
+from search.pool import Job, LocalPool
+from search.runner import ROUND, TrialRunner
+from search.sampler import KnapsackSampler
+from search.stages import measure_costs
+from search.study import finished, open_study
+from search.worker import Worker
+from spaces.allocation import InfeasibleError
+from spaces.budget import Budget
+from spaces.carry import Carry
+from spaces.devices import device
+from spaces.quant_types import LADDER
+from spaces.space import PORTABLE, RAGGED, Space
+
+RUNGS = (1024, 4096)
+_DEVICE = "ryzen-ai-max-395"
+
+
+@dataclass(frozen=True)
+class Restricted(Space):
+    """A space with levers taken away.
+
+    Attributes:
+        prune: Whether experts may be pruned.
+        activate: Whether fewer experts may be active.
+        only: The one form that is searched.
+    """
+
+    prune: bool = True
+    activate: bool = True
+    only: str = RAGGED
+
+    @cached_property
+    def forms(self) -> tuple[str, ...]:
+        # Where a layer's choices may differ they may also agree: a ragged search has portable configs in it.
+        return (self.only,)
+
+    @cached_property
+    def kept_options(self) -> tuple[int, ...]:
+        whole = Space(self.inventory, self.rankings, self.runtime, self.types).kept_options
+        return whole if self.prune else whole[-1:]
+
+    @cached_property
+    def top_k_options(self) -> tuple[int, ...]:
+        return tuple(range(1, self.inventory.top_k + 1)) if self.activate else (self.inventory.top_k,)
+
+
+class _Pool(LocalPool):
+    """A worker that is there already, as a pool."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def run(
+        self, jobs: Sequence[Job], on_result: Callable[[int, Any], None] = lambda i, result: None
+    ) -> list[Any]:
+        return super().run(jobs, on_result)
+
+
+def _space(
+    lab: Lab, prune: bool = True, activate: bool = True, types: tuple[str, ...] = (), only: str = RAGGED
+) -> Restricted:
+    return Restricted(
+        lab.inventory, lab.space.rankings, "any", types, prune=prune, activate=activate, only=only
+    )
+
+
+def _costs(lab: Lab, space: Space) -> CostModel:
+    """Costs of a space; what the bank or the folder knows is paid for again."""
+    folder = lab.scratch / f"costs-{space.digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model, spent = measure_costs(_Pool(lab.worker), space, lab.errors, folder, lambda done, total: None, LEAN)
+    lab.spent += spent
+    return model
+
+
+def _search(lab: Lab, space: Space) -> None:
+    """Rounds of trials until the tokens are spent."""
+    model = _costs(lab, space)
+    allocator = Allocator(space, model, Carry(lab.inventory, lab.inventory), lab.limit)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = open_study("lab", optuna.storages.InMemoryStorage(), {})
+    study.sampler = KnapsackSampler(allocator, lab.seed)
+    starts = 0
+    for form in space.forms:
+        try:
+            study.enqueue_trial(allocator.best(model.costs, form), user_attrs={"baseline": form})
+            starts += 1
+        except InfeasibleError:
+            continue
+    if not starts:
+        raise Unreachable(f"nothing of this space fits {lab.limit:,} bytes")
+    budget = Budget(lab.limit, 10**15, WINDOW, 0, 0, 0)
+    runner = TrialRunner(
+        study, allocator, _Pool(lab.worker), Footprint(allocator.carry, budget),
+        Throughput(allocator.carry, device(_DEVICE), WINDOW), lab.text.bytes_per_token, WINDOW,
+        rungs=RUNGS, slopes=True,
+    )  # fmt: skip
+    count = starts
+    # A round takes at most this much; slopes are paid for within it.
+    while lab.left > count * RUNGS[-1]:
+        before = runner.spent
+        runner.step(count)
+        lab.spent += runner.spent - before
+        best = min(
+            (t for t in finished(study) if t.state == TrialState.COMPLETE),
+            key=lambda t: (t.user_attrs["scores"]["kl"], t.number),
+        )
+        lab.offer(space.candidate(best.params))
+        count = min(ROUND, max(1, lab.left // RUNGS[-1] - 1))
+
+
+def _all(lab: Lab) -> None:
+    _search(lab, _space(lab))
+
+
+def _portable(lab: Lab) -> None:
+    _search(lab, _space(lab, only=PORTABLE))
+
+
+def _types(lab: Lab) -> None:
+    _search(lab, _space(lab, prune=False, activate=False))
+
+
+def _experts_types(lab: Lab) -> None:
+    _search(lab, _space(lab, activate=False))
+
+
+def _types_top_k(lab: Lab) -> None:
+    _search(lab, _space(lab, prune=False))
+
+
+def _one_type(lab: Lab, prune: bool, activate: bool) -> None:
+    """A search at one type for all tensors: the types are tried on few tokens, the best goes on."""
+    tried = []
+    for name in LADDER:
+        space = _space(lab, prune, activate, (name,))
+        try:
+            allocator = Allocator(
+                space, _costs_of_one(lab, space), Carry(lab.inventory, lab.inventory), lab.limit
+            )
+            start = space.candidate(allocator.best(allocator.model.costs, space.forms[-1]))
+        except InfeasibleError:
+            continue
+        tried.append((lab.mean([start], 1024)[0], name))
+    if not tried:
+        raise Unreachable(f"no single type fits {lab.limit:,} bytes with these levers")
+    _search(lab, _space(lab, prune, activate, (min(tried)[1],)))
+
+
+def _costs_of_one(lab: Lab, space: Space) -> CostModel:
+    """Costs of counts alone: with one type there is nothing else to choose."""
+    before = lab.spent
+    model = _costs(lab, space)
+    lab.spent = before  # the search itself pays for them
+    return model
+
+
+def _experts(lab: Lab) -> None:
+    _one_type(lab, prune=True, activate=False)
+
+
+def _top_k(lab: Lab) -> None:
+    _one_type(lab, prune=False, activate=True)
+
+
+def _experts_top_k(lab: Lab) -> None:
+    _one_type(lab, prune=True, activate=True)
+
+
+OURS: dict[str, Method] = {
+    "moefit": Method("moefit", _all, "search.run", True, "experts, top-k, types", False),
+    "moefit-portable": Method(
+        "moefit-portable", _portable, "search.run --runtime llama.cpp", True, "experts, top-k, types", False
+    ),
+}
+"""The search itself: any runtime, and what stock llama.cpp runs."""
+
+ABLATION: dict[str, Method] = {
+    name: Method(name, run, "this project's search", True, name.removeprefix("only "), False)
+    for name, run in (
+        ("only experts", _experts),
+        ("only top-k", _top_k),
+        ("only types", _types),
+        ("only experts, top-k", _experts_top_k),
+        ("only types, top-k", _types_top_k),
+        ("only experts, types", _experts_types),
+    )
+}
+"""The same search with levers forbidden; without types, one type for all tensors."""

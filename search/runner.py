@@ -1,0 +1,221 @@
+"""Fills a study with trials: asked in rounds, scored together, stopped early by paired comparison.
+
+A round climbs the rungs of nested token subsets (successive halving with a test
+in place of a quota): a trial goes on while no other that is as small and as fast is
+clearly better on the very same windows. Now and then the slopes at the incumbents
+are measured, which tell the sampler what every type would change there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+from scipy.stats import spearmanr
+
+from evaluators.base import Scores
+from evaluators.footprint import Footprint
+from evaluators.throughput import Throughput
+from search.allocator import Allocator
+from search.pool import Pool
+from search.sampler import KnapsackSampler
+from search.stages import SEARCH_TOKENS
+from search.study import finished, window_scores
+from spaces.candidate import Candidate
+from spaces.errors import UserError
+from spaces.space import PORTABLE, RAGGED
+
+RUNGS = (SEARCH_TOKENS // 16, SEARCH_TOKENS // 4, SEARCH_TOKENS)
+"""Tokens of the fidelities; each holds the one before it."""
+
+ROUND = 8
+"""Trials asked, scored and told together: fixed, so that the number of workers changes no result."""
+
+SLOPE_TOKENS, SLOPE_PROBES = 2048, 3
+_CLEARLY = 1.5  # standard errors of a paired difference
+_AT_LEAST = 0.005  # of the better one's KL
+_BETTER = 0.95  # of the KL where slopes were last measured: measure them anew
+_RECENT = 64  # trials that the rank correlation of the predictor is taken over
+
+Columns = dict[str, list[float]]
+"""Per-window kl, nll and top1."""
+
+
+@dataclass
+class _Entry:
+    """A trial of the running round."""
+
+    trial: Trial
+    candidate: Candidate
+    static: dict[str, Any]
+    predicted: float
+    columns: Columns
+    tokens: int = 0
+
+    @property
+    def baseline(self) -> bool:
+        return "baseline" in self.trial.user_attrs
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """What a trial is measured against."""
+
+    windows: np.ndarray
+    static: dict[str, Any]
+    portable: bool
+
+
+@dataclass
+class TrialRunner:
+    """Runs trials in rounds on a pool.
+
+    Attributes:
+        study: Where trials are asked and told.
+        allocator: Space, carry and limit.
+        footprint, throughput: The measures that need no tokens.
+        bytes_per_token: Of the search text.
+        window: Tokens per window.
+        on_trial: Called with every trial that was told.
+        rungs: Tokens of every fidelity, ascending.
+        round: Trials of a round.
+        slopes: Whether slopes may be measured (a streamed model's cannot).
+        spent: Tokens of forward pass spent by this runner; a backward pass counts as two.
+    """
+
+    study: optuna.Study
+    allocator: Allocator
+    pool: Pool
+    footprint: Footprint
+    throughput: Throughput
+    bytes_per_token: float
+    window: int
+    on_trial: Callable[[FrozenTrial], None] = lambda trial: None
+    rungs: tuple[int, ...] = RUNGS
+    round: int = ROUND
+    slopes: bool = False
+    spent: int = field(default=0, init=False)
+    _sloped: dict[str, float] = field(default_factory=dict, init=False)
+
+    def run(self, total: int) -> None:
+        """Asks until the study has `total` finished trials."""
+        while (missing := total - len(finished(self.study))) > 0:
+            self.step(min(self.round, missing))
+
+    def step(self, count: int) -> None:
+        """One round of `count` trials."""
+        self._measure_slopes()
+        space, sampler = self.allocator.space, self.study.sampler
+        trials = [self.study.ask(space.distributions) for _ in range(count)]
+        done = self.study.get_trials(deepcopy=False)
+        entries = []
+        for trial in trials:
+            candidate = space.candidate(trial.params)
+            static = {**self.footprint.evaluate(candidate), **self.throughput.evaluate(candidate)}
+            if isinstance(sampler, KnapsackSampler):
+                predicted = sampler.predict(done, trial.params)
+            else:
+                predicted = self.allocator.model.predict(trial.params)
+            entries.append(_Entry(trial, candidate, static, predicted, {}))
+        self._climb(entries)
+        for entry in entries:
+            self._tell(entry, complete=entry.tokens == self.rungs[-1])
+
+    def _climb(self, entries: Sequence[_Entry]) -> None:
+        """Scores a round, rung by rung."""
+        complete = self._rivals()
+        alive, first = list(entries), 0
+        for tokens in self.rungs:
+            texts = [e.candidate.to_json() for e in alive]
+            for entry, more in zip(alive, self._score(texts, tokens, first), strict=True):
+                if not np.isfinite(more["kl"]).all():
+                    raise UserError(
+                        f"candidate {entry.candidate.key}: its KL is not a number; "
+                        "are the model's weights sound?"
+                    )
+                entry.columns = {n: [*entry.columns.get(n, []), *values] for n, values in more.items()}
+                entry.tokens = tokens
+                self.spent += len(more["kl"]) * self.window
+            mates = [_Rival(np.array(e.columns["kl"]), e.static, e.candidate.portable) for e in alive]
+            alive = [
+                e for i, e in enumerate(alive)
+                if e.baseline or not any(
+                    self._beats(rival, mates[i]) for rival in [*complete, *mates[:i], *mates[i + 1 :]]
+                )
+            ]  # fmt: skip
+            first = tokens
+
+    def _rivals(self) -> list[_Rival]:
+        """Complete trials; a trial is measured against its own form only, as each form has a winner."""
+        out = []
+        for t in finished(self.study):
+            if t.state == TrialState.COMPLETE:
+                portable = self.allocator.space.candidate(t.params).portable
+                out.append(_Rival(np.array(t.user_attrs["windows"]["kl"]), t.user_attrs["scores"], portable))
+        return out
+
+    def _beats(self, rival: _Rival, own: _Rival) -> bool:
+        """Whether a rival is as small and fast, and clearly better on the same windows."""
+        if rival.portable != own.portable:
+            return False
+        if rival.static["target_bytes"] > 1.005 * own.static["target_bytes"]:
+            return False
+        if rival.static["tokens_per_second"] < 0.995 * own.static["tokens_per_second"]:
+            return False
+        count = min(len(own.windows), len(rival.windows))
+        theirs, difference = rival.windows[:count], own.windows[:count] - rival.windows[:count]
+        error = float(difference.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0
+        return float(difference.mean()) > _CLEARLY * error + _AT_LEAST * float(theirs.mean())
+
+    def _score(self, candidates: Sequence[str], tokens: int, first: int = 0) -> list[Columns]:
+        """Scores candidates together, each worker its share of neighbours."""
+        share = max(1, -(-len(candidates) // max(1, self.pool.size)))
+        chunks = [candidates[i : i + share] for i in range(0, len(candidates), share)]
+        found = self.pool.run([("score", (chunk, "search", tokens, first)) for chunk in chunks])
+        return [columns for chunk in found for columns in chunk]
+
+    def _measure_slopes(self) -> None:
+        """Measures the slopes at incumbents that are better than where they were last measured."""
+        sampler = self.study.sampler
+        if not self.slopes or not isinstance(sampler, KnapsackSampler):
+            return
+        seen = sampler.seen(self.study.get_trials(deepcopy=False))
+        wanted = []
+        for form in (PORTABLE, RAGGED):
+            best = sampler.incumbent(seen, form)
+            if best is None or best.damage > _BETTER * self._sloped.get(form, float("inf")):
+                continue
+            self._sloped[form] = best.damage
+            if sampler.slopes.get(best.key) is None:
+                trial = next(t for t in finished(self.study) if t.number == best.number)
+                wanted.append((best.key, self.allocator.space.candidate(trial.params)))
+        jobs = [("slopes", (c.to_json(), SLOPE_TOKENS, SLOPE_PROBES)) for _, c in wanted]
+        for (key, _), (tokens, rows) in zip(wanted, self.pool.run(jobs), strict=True):
+            self.spent += tokens
+            sampler.slopes.put(key, {(name, kind): (first, second) for name, kind, first, second in rows})
+
+    def rank_correlation(self) -> float | None:
+        """Spearman correlation of predicted with measured KL over the newest trials; None below five."""
+        rows = [
+            (t.user_attrs["predicted_kl"], t.user_attrs["scores"]["kl"])
+            for t in finished(self.study)
+            if t.state == TrialState.COMPLETE and "baseline" not in t.user_attrs
+        ][-_RECENT:]
+        return float(spearmanr(*zip(*rows, strict=True))[0]) if len(rows) > 4 else None
+
+    def _tell(self, entry: _Entry, *, complete: bool) -> None:
+        trial, scores = entry.trial, window_scores(entry.columns, self.bytes_per_token, self.window)
+        scores = Scores(**scores, **entry.static).to_dict()
+        trial.set_user_attr("candidate", entry.candidate.key)
+        trial.set_user_attr("predicted_kl", entry.predicted)
+        trial.set_user_attr("additive_kl", self.allocator.model.predict(trial.params))
+        trial.set_user_attr("windows", {n: [round(v, 7) for v in c] for n, c in entry.columns.items()})
+        trial.set_user_attr("scores", scores)
+        trial.set_constraint("bytes over budget", scores["target_bytes"] / self.allocator.limit - 1)
+        values = [scores["kl"], scores["target_bytes"], scores["tokens_per_second"]]
+        outcome = {"values": values} if complete else {"state": TrialState.PRUNED}
+        self.on_trial(self.study.tell(trial, **outcome))
