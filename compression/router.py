@@ -22,8 +22,12 @@ class Router:
     """
 
     def __init__(self, module: nn.Module, axes: Mapping[str, int], counts: Sequence[str]) -> None:
+        import torch
+
         self.module, self.axes, self.counts = module, axes, counts
-        self.full = {name: _get(module, name).detach().clone() for name in axes}
+        # What inference mode makes can never be differentiated again, so nothing is made in it here.
+        with torch.inference_mode(False):
+            self.full = {name: _get(module, name).detach().clone() for name in axes}
         self.kept: Tensor | None = None
         self.top_k: int = module.top_k  # type: ignore[assignment]
         self._hook = module.register_forward_hook(self._renumber)
@@ -33,9 +37,10 @@ class Router:
         import torch
 
         self.kept = None if experts is None else torch.as_tensor(list(experts))
-        for name, axis in self.axes.items():
-            full = self.full[name]
-            _set(self.module, name, full if self.kept is None else full.index_select(axis, self.kept))
+        with torch.inference_mode(False):
+            for name, axis in self.axes.items():
+                full = self.full[name]
+                _set(self.module, name, full if self.kept is None else full.index_select(axis, self.kept))
         first = next(iter(self.axes))
         count = _get(self.module, first).shape[self.axes[first]]
         for attribute in self.counts:
