@@ -7,7 +7,7 @@ absence and costs nothing to undo.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -185,6 +185,10 @@ class CandidateModel(StoredModel):
             if some is not None:
                 names |= {*some.blocks, *some.plain}
         self.overrides = overrides
+        self.rewrite(names)
+
+    def rewrite(self, names: Iterable[str]) -> None:
+        """Puts tensors into the model anew, whatever was done to its parameters since."""
         for name in sorted(names):
             part = self.family.by_name[name]
             layer = part.tensor.layer

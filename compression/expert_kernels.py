@@ -59,6 +59,11 @@ def fastest_experts(model: CandidateModel, tokens: int = _TOKENS) -> dict[str, f
     return dict(sorted(taken.items(), key=lambda item: item[1]))
 
 
+def use_experts(model: CandidateModel, name: str) -> None:
+    """Sets an implementation by its name."""
+    model.model.set_experts_implementation(name)
+
+
 def _time(
     experts: object, hidden: Tensor, index: Tensor, weights: Tensor, limit: float
 ) -> tuple[float, Tensor]:

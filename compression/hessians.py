@@ -74,7 +74,7 @@ class Hessians:
     Going back starts the pass anew, so that layers are best asked for in order.
 
     Args:
-        model: The model; set back to uncompressed whenever a pass starts.
+        model: The model; set back to uncompressed whenever a layer is run.
         windows: (n, length) token ids of calibration.
     """
 
@@ -93,7 +93,7 @@ class Hessians:
         """
         layer = self.model.family.by_name[name].tensor.layer
         if self._layer != layer:
-            self._held = {}  # before the next ones take their room
+            self._held, self._layer = {}, -1  # before the next ones take their room
             self._held = self._outside() if layer is None else self._of_layer(layer)
             self._layer = layer
         return self._held[name]
@@ -102,8 +102,8 @@ class Hessians:
         """States entering a layer."""
         import torch
 
+        self.model.reset()
         if self._states is None or self._next > layer:
-            self.model.reset()
             self._states = self.model.embed(torch.from_numpy(self.windows.astype(np.int64)))
             self._next = 0
         self._states, self._next = self.model.run(self._states, self._next, layer), layer

@@ -2,8 +2,8 @@
 
 A variant is a file `<key>.q`: a header with the SHA-256 of the blocks, then the
 blocks. The key is a hash of all that decides them (checkpoint, tensor, type,
-imatrix, quantizer version), so a variant is never stale, and a search that was
-killed finds what it had finished.
+imatrix, quantizer version, error feedback), so a variant is never stale, and a
+search that was killed finds what it had finished.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from compression import ggml
+from compression.error_feedback import damage, quantize_with_feedback
 from compression.files import atomic
 from spaces.errors import UserError
 from spaces.inventory import Tensor
@@ -26,6 +27,7 @@ from spaces.quant_types import IGNORES_IMATRIX, quant_type
 
 _MAGIC = b"MFBANK1\0"
 _HEADER = struct.Struct("<8s32sQd8x")  # magic, SHA-256 of the blocks, their bytes, relative error
+_FEEDBACK = " feedback 1"  # another number for another way of doing it
 _ROWS = 2**22  # weights quantized at once: bounds memory, and lets errors be summed on the way
 
 Read = Callable[[int | None], np.ndarray]
@@ -43,16 +45,19 @@ class _Variant:
     size: int = 0
     error: float = 0.0
 
-    def append(self, weights: np.ndarray, imatrix: np.ndarray | None) -> None:
+    def append(self, weights: np.ndarray, imatrix: np.ndarray | None, hessian: np.ndarray | None) -> None:
         weight_by = imatrix
         if self.type_name in IGNORES_IMATRIX:
             weight_by = None
         elif weight_by is None:
             # Without an input to weigh columns by (embeddings), all columns count alike.
             weight_by = np.ones(weights.shape[-1], np.float32)
-        blocks = ggml.quantize(weights, self.type_name, weight_by)
+        if hessian is None:
+            blocks = ggml.quantize(weights, self.type_name, weight_by)
+        else:
+            blocks = quantize_with_feedback(weights, self.type_name, weight_by, hessian)
         difference = weights - ggml.dequantize(blocks, self.type_name)
-        self.error += _energy(difference, imatrix)
+        self.error += _energy(difference, imatrix, hessian)
         payload = blocks.data
         self.digest.update(payload)
         self.stream.write(payload)
@@ -83,6 +88,7 @@ class VariantBank:
         read: Read,
         imatrix: np.ndarray | None,
         origin: str,
+        hessian: np.ndarray | None = None,
     ) -> list[tuple[str, str, float]]:
         """Quantizes a tensor to types the bank lacks, one expert after the other.
 
@@ -92,18 +98,21 @@ class VariantBank:
             read: Gives the weights.
             imatrix: (row,) mean squared input, (experts, row) for stacked experts, or None.
             origin: Fingerprint of the checkpoint the weights belong to.
+            hessian: (row, row) mean of x^T x on the imatrix's inputs, (experts, row, row) for stacked
+                experts: quantizes with error feedback, to variants of their own. None: plainly.
 
         Returns:
-            (type, key, error) of each type. The error is sum(h * (w - q)^2) / sum(h * w^2), h the imatrix.
+            (type, key, error) of each type. The error is sum(h * (w - q)^2) / sum(h * w^2), h the imatrix;
+            with a Hessian it is sum((w - q) H (w - q)^T) / sum(w H w^T).
 
         Raises:
             UserError: The weights cannot be read, or ggml cannot take them.
         """
-        keys = {t: variant_key(tensor, t, imatrix, origin) for t in types}
+        keys = {t: variant_key(tensor, t, imatrix, origin, hessian is not None) for t in types}
         done = {t: error for t in types if (error := self._finished(keys[t])) is not None}
         missing = [t for t in keys if t not in done]  # each once, however often it was asked for
         if missing:
-            done |= self._quantize(tensor, missing, keys, read, imatrix)
+            done |= self._quantize(tensor, missing, keys, read, imatrix, hessian)
         return [(t, keys[t], done[t]) for t in types]
 
     def _finished(self, key: str) -> float | None:
@@ -123,6 +132,7 @@ class VariantBank:
         keys: dict[str, str],
         read: Read,
         imatrix: np.ndarray | None,
+        hessian: np.ndarray | None,
     ) -> dict[str, float]:
         stacked = tensor.per_expert
         energy = 0.0
@@ -133,13 +143,14 @@ class VariantBank:
             for e in range(tensor.shape[0]) if stacked else (None,):
                 weights = read(e).reshape(-1, tensor.row)
                 by = imatrix if imatrix is None or e is None else imatrix[e]
+                full = hessian if hessian is None or e is None else hessian[e]
                 step = max(1, _ROWS // tensor.row)
                 for start in range(0, len(weights), step):
                     rows = weights[start : start + step]
-                    energy += _energy(rows, by)
+                    energy += _energy(rows, by, full)
                     for variant in variants:
                         try:
-                            variant.append(rows, by)
+                            variant.append(rows, by, full)
                         except ValueError as error:
                             raise UserError(
                                 f"tensor {tensor.name}: cannot be quantized to {variant.type_name}: {error}"
@@ -187,16 +198,23 @@ class VariantBank:
         return blocks
 
 
-def variant_key(tensor: Tensor, type_name: str, imatrix: np.ndarray | None, origin: str) -> str:
-    """Name of a variant: a hash of all that decides its bytes and its error (the imatrix weighs it)."""
-    about = f"{origin} {tensor.name} {tensor.shape} {type_name} {ggml.version()}"
+def variant_key(
+    tensor: Tensor, type_name: str, imatrix: np.ndarray | None, origin: str, feedback: bool = False
+) -> str:
+    """Name of a variant: a hash of all that decides its bytes and its error (the imatrix weighs it).
+
+    The Hessian of error feedback is named by the imatrix, its diagonal.
+    """
+    about = f"{origin} {tensor.name} {tensor.shape} {type_name} {ggml.version()}{_FEEDBACK * feedback}"
     digest = hashlib.sha256(about.encode())
     if imatrix is not None:
         digest.update(np.ascontiguousarray(imatrix, np.float32).data)
     return digest.hexdigest()[:40]
 
 
-def _energy(x: np.ndarray, imatrix: np.ndarray | None) -> float:
-    """Sum of squares, columns weighed by the imatrix."""
+def _energy(x: np.ndarray, imatrix: np.ndarray | None, hessian: np.ndarray | None = None) -> float:
+    """Sum of squares, columns weighed by the imatrix; of x H x^T with a Hessian."""
+    if hessian is not None:
+        return float(damage(x, hessian).sum())
     columns = np.einsum("ij,ij->j", x, x, dtype=np.float64)
     return float(columns.sum() if imatrix is None else columns @ imatrix.astype(np.float64))

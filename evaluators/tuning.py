@@ -132,7 +132,7 @@ class Tuner:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            self._restore(parts)
+            model.rewrite(p.name for p in parts)
         return overrides
 
     def _tunable(self, part: Part) -> bool:
@@ -213,10 +213,3 @@ class Tuner:
             return part.encode(values.reshape(whole.shape)).astype(np.float32)
         whole[experts] = part.encode(values.reshape(len(experts), *whole.shape[1:]))
         return whole
-
-    def _restore(self, parts: Sequence[Part]) -> None:
-        """The candidate as it was before."""
-        touched = {p.name: np.zeros(0) for p in parts}
-        self.model.overrides = None
-        self.model.use(Overrides(self.candidate.key, touched, {}))
-        self.model.use(None)

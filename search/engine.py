@@ -226,13 +226,15 @@ class Running:
                 self.tracker.log_trial(trial, self.space.candidate(trial.params))
 
             def note(trial: FrozenTrial) -> None:
-                self.tracker.log_trial(trial, self.space.candidate(trial.params))
+                rho = self.runner.rank_correlation()
+                self.tracker.log_trial(trial, self.space.candidate(trial.params), rho)
                 done = finished(self.study)
                 best = min(
                     (t.user_attrs["scores"]["kl"] for t in done if t.state == TrialState.COMPLETE),
                     default=float("nan"),
                 )
-                advance(len(done), total, f"best KL {best:.4f}")
+                ranked = "" if rho is None else f", predictor's rank correlation {rho:.2f}"
+                advance(len(done), total, f"best KL {best:.4f}{ranked}")
 
             advance(len(finished(self.study)), total)
             self.runner.on_trial = note

@@ -142,7 +142,10 @@ def _export_trial(args: argparse.Namespace) -> None:
             "the bank or a library changed since; run the search again"
         )
 
-    size = opened.worker.export(candidate.to_json(), str(path))
+    repaired = candidate.key in (opened.study.user_attrs.get("repaired") or ())
+    size = opened.worker.export(candidate.to_json(), str(path), repaired)
+    if repaired:
+        console.print("written with its repairs: scales, norms and routers re-fitted (see result.json)")
     side = path.with_suffix(".files") if path.suffix == ".gguf" else path.with_name(path.name + ".files")
     criteria = {i: str(trial.params[f"blk.{i}.criterion"]) for i in opened.worker.space.inventory.moe_layers}
     write_winner(candidate, criteria, opened.carry(), side)

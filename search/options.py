@@ -59,6 +59,7 @@ class Options:
     tracking_uri: str | None
     out: Path
     export: bool
+    repair: str
     dry_run: bool
 
 
@@ -173,6 +174,13 @@ def _parser() -> Parser:
     )
     add("--tracking-uri", metavar="URI", help="MLflow tracking server (default: sqlite in OUT)")
     add("--out", type=Path, metavar="DIR", help="folder for everything the run writes (default: runs/STUDY)")
+    add(
+        "--repair",
+        default="auto",
+        choices=("auto", "none"),
+        help="re-fit block scales, norms and routers of the winners on calibration text, at no bytes, and "
+        "keep that where it pays on text it did not see (default: %(default)s)",
+    )
     add("--no-export", action="store_true", help="do not write the winner as a model")
     add(
         "--dry-run",
@@ -272,5 +280,6 @@ def parse(arguments: list[str] | None = None) -> Options:
         tracking_uri=args.tracking_uri,
         out=_real("--out", args.out or Path("runs") / name),
         export=not args.no_export,
+        repair=args.repair,
         dry_run=args.dry_run,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
@@ -13,7 +13,7 @@ from search import finals, pareto, stages
 from search.console import comparison_table, console, front_table
 from search.results import VERSION, trial_record, write_winner
 from search.sampler import KnapsackSampler
-from search.study import finished
+from search.study import finished, window_scores
 from search.summary import show
 from search.verify import verify_gguf
 from spaces.budget import format_size
@@ -35,6 +35,7 @@ class Verdict:
         named: Baseline name to trial.
         won: Form to the winner's number, None where a form has no complete trial.
         selection, report: Scores on the two texts.
+        repairs: Trial number to what re-fitting did: scores before and after, and whether it is used.
     """
 
     chosen: dict[int, FrozenTrial]
@@ -42,6 +43,11 @@ class Verdict:
     won: dict[str, int | None]
     selection: Rescored
     report: Rescored
+    repairs: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def repaired(self, number: int | None) -> bool:
+        """Whether a winner ships with its repairs."""
+        return number is not None and bool(self.repairs.get(number, {}).get("used"))
 
     @property
     def best(self) -> int:
@@ -55,6 +61,8 @@ def finish(run: Running) -> dict[str, Any]:
     """Does everything after the last trial; returns what result.json holds."""
     options = run.search.options
     verdict = _decide(run)
+    if options.repair == "auto" and not run.setup.stream:
+        verdict.repairs = _repair(run, verdict)
     result = _result(run, verdict)
     result["tasks"] = _tasks(run, verdict)
     for record in result["trials"]:
@@ -83,6 +91,31 @@ def _decide(run: Running) -> Verdict:
         trials = [t for n, t in chosen.items() if n in compared]
         report = _score(run, trials, "report", stages.REPORT_TOKENS, advance)
     return Verdict(chosen, named, won, selection, report)
+
+
+def _repair(run: Running, verdict: Verdict) -> dict[int, dict[str, Any]]:
+    """Re-fits the winners; what does not pay on the selection text is not used."""
+    numbers = sorted({n for n in verdict.won.values() if n is not None})
+    texts = {n: run.candidate(n).to_json() for n in numbers}
+    with run.stages.stage("repair") as advance:
+        advance(0, len(numbers))
+        tokens = run.pool.run([("tune", (texts[n],)) for n in numbers], lambda i, _: advance(i, len(numbers)))
+        names = {"selection": stages.SELECTION_TOKENS, "report": stages.REPORT_TOKENS}
+        jobs: list[Any] = [
+            ("score_repaired", (texts[n], name, size)) for n in numbers for name, size in names.items()
+        ]
+        found = iter(run.pool.run(jobs))
+        out = {}
+        for n, spent in zip(numbers, tokens, strict=True):
+            rows = {name: next(found) for name in names}
+            scores = {
+                name: dict(window_scores(rows[name], run.texts[name].bytes_per_token, run.runner.window))
+                for name in names
+            }
+            used = scores["selection"]["kl"] < verdict.selection[n]["kl"]
+            out[n] = {"used": used, "tokens": spent, **scores}
+        run.study.set_user_attr("repaired", [run.candidate(n).key for n in numbers if out[n]["used"]])
+    return out
 
 
 def _score(run: Running, trials: list[FrozenTrial], text: str, tokens: int, advance: Any) -> Rescored:
@@ -115,6 +148,13 @@ def _result(run: Running, verdict: Verdict) -> dict[str, Any]:
             str(n): {"selection": _plain(verdict.selection, n), "report": _plain(verdict.report, n)}
             for n in verdict.chosen
         },
+        "trial_stage": {
+            "tokens": run.runner.spent,
+            "seconds": round(run.runner.seconds, 2),
+            "evaluation_seconds": round(run.runner.scoring, 2),
+            "rank_correlation": run.runner.rank_correlation(),
+        },
+        "repairs": {str(n): repair for n, repair in verdict.repairs.items()},
         "comparison": {
             name: {
                 "trial": t.number,
@@ -140,7 +180,7 @@ def _tasks(run: Running, verdict: Verdict) -> dict[str, Any]:
     numbers = [n for n in verdict.won.values() if n is not None]
     with run.stages.stage("lm-eval") as advance:
         jobs: list[Any] = [("tasks", (None,))]
-        jobs += [("tasks", (run.candidate(n).to_json(),)) for n in numbers]
+        jobs += [("tasks", (run.candidate(n).to_json(), verdict.repaired(n))) for n in numbers]
         done = [0]
 
         def count(i: int, _: Any) -> None:
@@ -161,7 +201,8 @@ def _export(run: Running, verdict: Verdict) -> dict[str, Any] | None:
     with run.stages.stage("export") as advance:
         ragged, portable = verdict.won[RAGGED], verdict.won[PORTABLE]
         if ragged is not None:
-            run.pool.run([("export", (run.candidate(ragged).to_json(), str(out / "ragged")))])
+            job = (run.candidate(ragged).to_json(), str(out / "ragged"), verdict.repaired(ragged))
+            run.pool.run([("export", job)])
         advance(1, 3)
         candidate = run.candidate(verdict.best)
         params = verdict.chosen[verdict.best].params
@@ -170,10 +211,13 @@ def _export(run: Running, verdict: Verdict) -> dict[str, Any] | None:
         exported: dict[str, Any] | None = None
         if portable is not None:
             path = out / "model.gguf"
-            size = run.pool.run([("export", (candidate.to_json(), str(path)))])[0]
+            repaired = verdict.repaired(portable)
+            size = run.pool.run([("export", (candidate.to_json(), str(path), repaired))])[0]
             advance(2, 3)
             predicted = run.search.problem.source.file_bytes(candidate.plan)
-            proof = verify_gguf(path, run.pool, candidate, run.texts["report"], run.search.cache)
+            proof = verify_gguf(
+                path, run.pool, candidate, run.texts["report"], run.search.cache, repaired=repaired
+            )
             exported = {"path": str(path), "bytes": size, "predicted_bytes": predicted, "llama_cpp": proof}
         advance(3, 3)
     return exported
@@ -190,6 +234,8 @@ def _draw(run: Running, result: dict[str, Any]) -> None:
 def _track(run: Running, verdict: Verdict) -> None:
     """Puts the outcome on the parent run of MLflow."""
     options, best = run.search.options, verdict.report[verdict.best]
+    if verdict.repaired(verdict.best):
+        best = verdict.repairs[verdict.best]["report"]
     metrics = {"winner_report_kl_nats": best["kl"], "winner_report_perplexity": best["perplexity"]}
     files = [options.out / name for name in ("pareto.html", "pareto.png", "result.json")]
     if options.export:
@@ -210,6 +256,10 @@ def _show(run: Running, result: dict[str, Any], verdict: Verdict) -> None:
     ragged = verdict.won[RAGGED]
     if ragged is not None and ragged != best:
         rows.append(row(f"best ragged (trial {ragged})", ragged))
+    for n in {best, ragged} & verdict.repairs.keys():
+        if n is not None and verdict.repaired(n):
+            scores = {**by_number[n]["scores"], **verdict.repairs[n]["report"]}
+            rows.append((f"trial {n} re-fitted, as exported", scores, {}))
     ordered = sorted(verdict.named.items(), key=lambda item: report[item[1].number]["kl"])
     rows += [row(name, t.number) for name, t in ordered]
     console.print(front_table(result["trials"], result["front"]))

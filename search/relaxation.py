@@ -18,8 +18,9 @@ import numpy as np
 
 from spaces.allocation import InfeasibleError
 
-_BISECTIONS = 40
+_CLOSE = 1.02  # ratio of prices that ends the bisection: what it leaves is spent by the exchanges
 _SWAPS = 24
+_PAIRED = 96  # upgrades and downgrades, the most promising, that are tried against each other
 _NEAREST = 2  # steps up or down the ladder that an exchange tries
 
 
@@ -54,9 +55,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Priced:
-    """What is cheapest at a price per byte: `types` (L, N, S) for every count, `counts` the chosen ones."""
+    """What is cheapest at a price per byte: `types` (L, N, S) for every count, `counts` the chosen ones.
 
+    `value` is cost and priced bytes in all; less price x room, no choice costs less than it.
+    """
+
+    price: float
     bytes: int
+    value: float
     first: np.ndarray
     counts: np.ndarray
     types: np.ndarray
@@ -104,48 +110,54 @@ class Relaxation:
         k = self.classes
         extended = np.append(costs, np.inf)
         plain, stacked = extended[k.plain_columns], extended[k.stacked_columns]
+        if not self.alike:
+            priced = self._priced(self._pricing(plain, stacked, pruning, None), None)
+            first, counts = self._exchange_counts(plain, stacked, pruning, priced)
+            types = priced.types[np.arange(len(counts)), counts]
+            return self._polish(plain, stacked, pruning, first, counts, types)
         found: Choice | None = None
-        smallest = None
-        fixed = [np.array([n]) for n in range(pruning.shape[1])] if self.alike else [None]
-        for counts in fixed:
+        smallest = price = None
+        for n in range(pruning.shape[1]):
             try:
-                choice = self._solve(plain, stacked, pruning, counts)
+                priced = self._priced(self._pricing(plain, stacked, pruning, np.array([n])), price)
             except InfeasibleError as error:
                 smallest = min(smallest or error.smallest, error.smallest)
                 continue
+            price = priced.price or price
+            # What the relaxation cannot beat need not be polished.
+            if found is not None and priced.value - priced.price * self.room >= found.cost:
+                continue
+            counts = np.full(len(pruning), n)
+            choice = self._polish(plain, stacked, pruning, priced.first, counts, priced.types[:, 0])
             if found is None or choice.cost < found.cost:
                 found = choice
         if found is None:
             raise InfeasibleError(self.room, smallest or 0)
         return found
 
-    def _solve(
+    def _pricing(
         self, plain: np.ndarray, stacked: np.ndarray, pruning: np.ndarray, allowed: np.ndarray | None
-    ) -> Choice:
+    ) -> Callable[[float], _Priced]:
+        """What is cheapest, as a function of the price per byte; of some expert counts, or of all."""
         k = self.classes
         sizes = k.stacked_bytes if allowed is None else k.stacked_bytes[:, allowed]
         router = k.count_bytes if allowed is None else k.count_bytes[:, allowed]
         prune = pruning if allowed is None else pruning[:, allowed]
+        everyone, rows = np.arange(len(plain)), np.arange(len(prune))
 
         def at(price: float) -> _Priced:
-            first = np.argmin(plain + price * k.plain_bytes, axis=1)
+            single = plain + price * k.plain_bytes
+            first = single.argmin(1)
             priced = stacked[:, None] + price * sizes
-            types = np.argmin(priced, axis=3)
-            values = np.take_along_axis(priced, types[..., None], 3)[..., 0].sum(2) + prune + price * router
-            counts = np.argmin(values, axis=1)
-            rows = np.arange(len(counts))
-            total = int(k.plain_bytes[np.arange(len(first)), first].sum()) + int(router[rows, counts].sum())
-            total += int(np.take_along_axis(sizes[rows, counts], types[rows, counts][..., None], 2).sum())
-            return _Priced(total, first, counts, types)
+            types = priced.argmin(3)
+            values = priced.min(3).sum(2) + prune + price * router
+            counts = values.argmin(1)
+            chosen = np.take_along_axis(sizes[rows, counts], types[rows, counts][..., None], 2)
+            total = int(k.plain_bytes[everyone, first].sum() + router[rows, counts].sum() + chosen.sum())
+            value = float(single[everyone, first].sum() + values[rows, counts].sum())
+            return _Priced(price, total, value, first, counts, types)
 
-        found = self._priced(at)
-        first, counts = found.first, found.counts
-        if allowed is None:
-            first, counts = self._exchange_counts(plain, stacked, prune, found)
-        chosen = found.types[np.arange(len(counts)), counts]
-        return self._polish(
-            plain, stacked, pruning, first, counts if allowed is None else allowed[counts], chosen
-        )
+        return at
 
     def _exchange_counts(
         self, plain: np.ndarray, stacked: np.ndarray, pruning: np.ndarray, found: _Priced
@@ -161,25 +173,26 @@ class Relaxation:
         where = improve(sizes, costs, np.concatenate([found.first, found.counts]), self.room)
         return where[: len(plain)], where[len(plain) :]
 
-    def _priced(self, at: Callable[[float], _Priced]) -> _Priced:
-        """What the lowest price gives at which everything fits."""
-        low, high = 0.0, 1e-9
-        best = at(low)
+    def _priced(self, at: Callable[[float], _Priced], guess: float | None) -> _Priced:
+        """What about the lowest price gives at which everything fits; looked for about a guess."""
+        best = at(0.0)
         if best.bytes <= self.room:
             return best
+        high, step = guess or 1e-9, 8.0 if guess is None else 1.5
         while (best := at(high)).bytes > self.room:
-            low, high = high, 8 * high
+            high, step = high * step, step * 1.5
             if high > 1e9:
                 raise InfeasibleError(self.room, best.bytes)
-        for _ in range(_BISECTIONS):
-            middle = (low * high) ** 0.5 if low else high / 8
+        low = high / step
+        while low > 1e-15 and (tried := at(low)).bytes <= self.room:
+            best, high, low = tried, low, low / step
+        while high > _CLOSE * low:
+            middle = (low * high) ** 0.5
             tried = at(middle)
             if tried.bytes <= self.room:
                 best, high = tried, middle
             else:
                 low = middle
-            if high - low < 1e-3 * high:
-                break
         return best
 
     def _polish(
@@ -228,29 +241,39 @@ def improve(sizes: np.ndarray, costs: np.ndarray, where: np.ndarray, room: int) 
         if fits.flat[single] > 0:
             where[single // fits.shape[1]] = single % fits.shape[1]
             continue
-        moves = _near(where, costs)
-        up = [(r, o) for r, o in moves if gain[r, o] > 0]
-        down = [(r, o) for r, o in moves if extra[r, o] < 0]
-        if not up or not down:
+        r, o = _near(where, costs)
+        pays, saves = gain[r, o] > 0, extra[r, o] < 0
+        up = _promising(r[pays], o[pays], gain, extra)
+        down = _promising(r[saves], o[saves], gain, extra)
+        if not len(up[0]) or not len(down[0]):
             break
-        (ur, uo), (dr, do) = np.array(up).T, np.array(down).T
-        total = gain[ur, uo][:, None] + gain[dr, do][None]
-        bad = (extra[ur, uo][:, None] + extra[dr, do][None] > left) | (ur[:, None] == dr[None])
+        total = gain[up][:, None] + gain[down][None]
+        bad = (extra[up][:, None] + extra[down][None] > left) | (up[0][:, None] == down[0][None])
         total[bad] = -np.inf
         pair = int(total.argmax())
         if total.flat[pair] <= 1e-15:
             break
         u, d = divmod(pair, total.shape[1])
-        where[ur[u]], where[dr[d]] = uo[u], do[d]
+        where[up[0][u]], where[down[0][d]] = up[1][u], down[1][d]
     return where
 
 
-def _near(where: np.ndarray, costs: np.ndarray) -> list[tuple[int, int]]:
-    """(class, option) a few steps from where each class stands."""
-    out = []
+def _near(where: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes and options a few steps from where each class stands."""
+    classes, options = [], []
     for step in (s for s in range(-_NEAREST, _NEAREST + 1) if s):
         option = where + step
         there = np.flatnonzero((option >= 0) & (option < costs.shape[1]))
         there = there[np.isfinite(costs[there, option[there]])]
-        out += list(zip(there.tolist(), option[there].tolist(), strict=True))
-    return out
+        classes.append(there)
+        options.append(option[there])
+    return np.concatenate(classes), np.concatenate(options)
+
+
+def _promising(
+    classes: np.ndarray, options: np.ndarray, gain: np.ndarray, extra: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The moves that gain most, or lose least, per byte."""
+    rate = gain[classes, options] / np.maximum(1, np.abs(extra[classes, options]))
+    order = np.argsort(-rate, kind="stable")[:_PAIRED]
+    return classes[order], options[order]

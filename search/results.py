@@ -8,6 +8,9 @@ result.json, version 1:
     winners     {portable, ragged}: trial number or null
     baselines   {name: trial number}
     finals      {trial number: {selection, report}}: quality scores on text no trial saw
+    trial_stage {tokens, seconds, evaluation_seconds, rank_correlation}: of the trials this run made itself
+    repairs     {trial number: {used, tokens, selection, report}}: scores after re-fitting; the exported
+                model holds it where used
     comparison  {baseline: {kl, kl_ratio, kl_difference, kl_difference_95}}, on the report text
     tasks       {"base" | trial number: {task: {metric, value, standard_error, items}}}
     export      {path, bytes, predicted_bytes, llama_cpp: {...}}, or null

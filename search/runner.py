@@ -8,6 +8,7 @@ are measured, which tell the sampler what every type would change there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from evaluators.base import Scores
 from evaluators.footprint import Footprint
 from evaluators.throughput import Throughput
 from search.allocator import Allocator
-from search.pool import Pool
+from search.pool import Job, Pool
 from search.sampler import KnapsackSampler
 from search.stages import SEARCH_TOKENS
 from search.study import finished, window_scores
@@ -85,6 +86,7 @@ class TrialRunner:
         round: Trials of a round.
         slopes: Whether slopes may be measured (a streamed model's cannot).
         spent: Tokens of forward pass spent by this runner; a backward pass counts as two.
+        seconds, scoring: Time in all, and of it in which candidates were evaluated.
     """
 
     study: optuna.Study
@@ -99,12 +101,23 @@ class TrialRunner:
     round: int = ROUND
     slopes: bool = False
     spent: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+    scoring: float = field(default=0.0, init=False)
     _sloped: dict[str, float] = field(default_factory=dict, init=False)
 
     def run(self, total: int) -> None:
         """Asks until the study has `total` finished trials."""
+        begun = time.perf_counter()
         while (missing := total - len(finished(self.study))) > 0:
             self.step(min(self.round, missing))
+        self.seconds += time.perf_counter() - begun
+
+    def _evaluate(self, jobs: Sequence[Job]) -> list[Any]:
+        """Runs jobs, their time counted as evaluation."""
+        begun = time.perf_counter()
+        found = self.pool.run(jobs)
+        self.scoring += time.perf_counter() - begun
+        return found
 
     def step(self, count: int) -> None:
         """One round of `count` trials."""
@@ -175,7 +188,7 @@ class TrialRunner:
         """Scores candidates together, each worker its share of neighbours."""
         share = max(1, -(-len(candidates) // max(1, self.pool.size)))
         chunks = [candidates[i : i + share] for i in range(0, len(candidates), share)]
-        found = self.pool.run([("score", (chunk, "search", tokens, first)) for chunk in chunks])
+        found = self._evaluate([("score", (chunk, "search", tokens, first)) for chunk in chunks])
         return [columns for chunk in found for columns in chunk]
 
     def _measure_slopes(self) -> None:
@@ -193,8 +206,8 @@ class TrialRunner:
             if sampler.slopes.get(best.key) is None:
                 trial = next(t for t in finished(self.study) if t.number == best.number)
                 wanted.append((best.key, self.allocator.space.candidate(trial.params)))
-        jobs = [("slopes", (c.to_json(), SLOPE_TOKENS, SLOPE_PROBES)) for _, c in wanted]
-        for (key, _), (tokens, rows) in zip(wanted, self.pool.run(jobs), strict=True):
+        jobs: list[Job] = [("slopes", (c.to_json(), SLOPE_TOKENS, SLOPE_PROBES)) for _, c in wanted]
+        for (key, _), (tokens, rows) in zip(wanted, self._evaluate(jobs), strict=True):
             self.spent += tokens
             sampler.slopes.put(key, {(name, kind): (first, second) for name, kind, first, second in rows})
 

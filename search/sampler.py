@@ -32,7 +32,8 @@ from spaces.space import PORTABLE
 _RESAMPLES = 8
 _LOCAL, _ANYWHERE = 0.55, 0.85  # cumulative shares of the arms; the rest goes to the front
 _CALM = 0.5  # temperature near the incumbent, and of half of the draws elsewhere
-_PENALTIES = tuple(0.03 * 0.6**i for i in range(14))  # of the incumbent's damage, per change
+_PENALTIES = (2e-5, 3e-2)  # of the incumbent's damage, per change: least and most
+_HALVINGS = 4
 _MOST_CHANGES = 32
 _SMALLEST_SHARE = 0.5  # of the limit, on the front
 
@@ -135,10 +136,17 @@ class KnapsackSampler(BaseSampler):
         top_k = self._same_top_k(near)
         top_k = top_k or self._cheapest_top_k(costs, form)
         params: dict[str, Any] = {}
-        for penalty in _PENALTIES:
+        # The penalty per change that leaves about as many changes as wanted.
+        low, high = _PENALTIES
+        for _ in range(_HALVINGS):
+            penalty = (low * high) ** 0.5
             params = self._fit(np.where(here, costs, costs + penalty * total), form, top_k)
-            changed = set(self.allocator.model.columns(params)) - set(near.columns.tolist())
-            if len(changed) >= wanted:
+            changed = len(set(self.allocator.model.columns(params)) - set(near.columns.tolist()))
+            if changed == 0 or changed < wanted:
+                high = penalty
+            elif changed > 1.5 * wanted:
+                low = penalty
+            else:
                 break
         return params
 

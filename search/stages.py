@@ -32,6 +32,7 @@ SEARCH_TOKENS = 16384
 SELECTION_TOKENS = 24576
 REPORT_TOKENS = 24576
 CALIBRATION_TOKENS = 16384
+REPAIR_TOKENS = 98304
 _TOGETHER = 16  # options measured in one job
 
 Progress = Callable[[int, int], None]
@@ -54,6 +55,8 @@ def prepare_texts(
     source = calibration or shipped / "calibration.jsonl"
     documents["calibration"] = read_documents(source, "--calibration")
     sizes["calibration"] = CALIBRATION_TOKENS
+    # Repairs are fitted on text of the calibration's kind: as much of it as there is.
+    documents["repair"], sizes["repair"] = documents["calibration"], REPAIR_TOKENS
     out = {}
     for name, tokens in sizes.items():
         out[name] = make_windows(name, documents[name], tokenizer, tokens)

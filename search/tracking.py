@@ -91,8 +91,10 @@ class Tracker:
         self.study.set_user_attr("mlflow_run", run.info.run_id)
         return str(run.info.run_id)
 
-    def log_trial(self, trial: FrozenTrial, candidate: Candidate) -> None:
-        """Writes a finished trial as a child run, once."""
+    def log_trial(
+        self, trial: FrozenTrial, candidate: Candidate, rank_correlation: float | None = None
+    ) -> None:
+        """Writes a finished trial as a child run, once; with how well the predictor ranked by then."""
         from mlflow.entities import Metric, Param, RunTag
 
         if str(trial.number) in self._logged:
@@ -113,6 +115,8 @@ class Tracker:
         metrics = {_METRICS[k]: float(v) for k, v in scores.items() if k in _METRICS}
         metrics |= {"experts_kept_mean": sum(kept) / len(kept), "top_k_mean": sum(top_k) / len(top_k)}
         metrics["predicted_kl_nats"] = float(trial.user_attrs["predicted_kl"])
+        if rank_correlation is not None:
+            metrics["predictor_rank_correlation"] = rank_correlation
         self.client.log_batch(
             run.info.run_id,
             metrics=[Metric(k, v, now, 0) for k, v in metrics.items()],

@@ -16,7 +16,13 @@ _GENERATE = 24
 
 
 def verify_gguf(
-    path: Path, pool: Pool, candidate: Candidate, text: TextSet, cache: Path, tokens: int = VERIFY_TOKENS
+    path: Path,
+    pool: Pool,
+    candidate: Candidate,
+    text: TextSet,
+    cache: Path,
+    tokens: int = VERIFY_TOKENS,
+    repaired: bool = False,
 ) -> dict[str, Any]:
     """Scores a GGUF file in llama.cpp beside the evaluator on the first report windows.
 
@@ -39,7 +45,10 @@ def verify_gguf(
         nll.append(log_z - x[np.arange(len(x)), window[1:]])
     del logits
     (cache / "verify-logits.npy").unlink(missing_ok=True)
-    own = pool.run([("score", ([candidate.to_json()], "report", tokens))])[0][0]
+    if repaired:
+        own = pool.run([("score_repaired", (candidate.to_json(), "report", tokens))])[0]
+    else:
+        own = pool.run([("score", ([candidate.to_json()], "report", tokens))])[0][0]
     theirs, ours = float(np.exp(np.mean(nll))), float(np.exp(np.mean(own["nll"])))
     return {
         "perplexity": theirs,

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from compression.files import atomic
+from compression.files import atomic, write_text
 from evaluators.texts import TextSet
+from search.repair_jobs import RepairJobs
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Setup:
         stream: Whether the model is streamed layer by layer instead of held in memory.
         types: The only types to choose from; () for all.
         cache_bytes: Dequantized weights each worker may keep at hand, bytes.
+        feedback: Whether tensors may be quantized with error feedback between columns.
     """
 
     checkpoint: str
@@ -48,6 +50,7 @@ class Setup:
     stream: bool = False
     types: tuple[str, ...] = ()
     cache_bytes: int = 0
+    feedback: bool = False
 
 
 def save_text(text: TextSet, folder: Path) -> None:
@@ -63,7 +66,7 @@ def load_text(name: str, folder: Path) -> TextSet:
         return TextSet(name, data["windows"], sources, float(data["bytes_per_token"]))
 
 
-class Worker:
+class Worker(RepairJobs):
     """Runs jobs by name: every public method is one."""
 
     def __init__(self, setup: Setup) -> None:
@@ -89,14 +92,25 @@ class Worker:
     @cached_property
     def model(self) -> Any:
         from compression.candidate_model import CandidateModel
-        from compression.expert_kernels import fastest_experts
 
         model = CandidateModel(
             self.checkpoint, self.inventory, self.bank, self.setup.stream, cache=self.setup.cache_bytes
         )
         if not self.setup.stream:
-            fastest_experts(model)
+            self._choose_experts(model)
         return model
+
+    def _choose_experts(self, model: Any) -> None:
+        """Takes the implementation this study measured as fastest, so that all workers agree in every bit."""
+        from compression.expert_kernels import fastest_experts, use_experts
+
+        file = self.cache / "experts.json"
+        if file.exists():
+            use_experts(model, json.loads(file.read_text("utf-8"))["chosen"])
+            return
+        seconds = fastest_experts(model)
+        if seconds:
+            write_text(file, json.dumps({"chosen": next(iter(seconds)), "seconds": seconds}) + "\n")
 
     @cached_property
     def settings(self) -> Any:
@@ -180,8 +194,15 @@ class Worker:
         base_states(self.model, text, self.cache / f"base-{name}.npy")
         return int(text.windows.size)
 
-    def quantize(self, tensor: str, types: Sequence[str]) -> list[tuple[str, str, str, float]]:
-        """(tensor, type, key, error) of each type, added to the bank."""
+    def quantize(
+        self, tensor: str, types: Sequence[str], feedback: bool = False
+    ) -> list[tuple[str, str, str, float]]:
+        """(tensor, type, key, error) of each type, added to the bank.
+
+        With `feedback`, errors are fed back between columns and measured so; embeddings stay plain.
+        """
+        if feedback and not self.setup.feedback:
+            raise ValueError("quantizing with error feedback needs Setup.feedback")
         part = self.checkpoint.family.by_name[tensor]
         rows = self.bank.add(
             part.tensor,
@@ -189,6 +210,7 @@ class Worker:
             lambda expert: self.checkpoint.weights.read(part, expert),
             self.calibration.imatrix.get(tensor),
             self.checkpoint.fingerprint,
+            self.hessians.of(tensor) if feedback and tensor in self.calibration.imatrix else None,
         )
         return [(tensor, *row) for row in rows]
 
@@ -196,6 +218,12 @@ class Worker:
         """Tells the worker under which key each (tensor, type) lies in the bank."""
         for tensor, type_name, key in keys:
             self.bank.register(tensor, type_name, key)
+
+    @cached_property
+    def hessians(self) -> Any:
+        from compression.hessians import Hessians
+
+        return Hessians(self.model, load_text("calibration", self.cache).windows)
 
     @cached_property
     def population(self) -> Any:
@@ -243,8 +271,8 @@ class Worker:
         found = self.population.measure(settings, rest, self._states(name)[skip:])
         return [{"kl": d.kl.tolist(), "nll": d.nll.tolist(), "top1": d.top1.tolist()} for d in found]
 
-    def tasks(self, candidate: str | None) -> dict[str, dict[str, Any]]:
-        """lm-eval scores of a candidate, or of the base model for None."""
+    def tasks(self, candidate: str | None, repaired: bool = False) -> dict[str, dict[str, Any]]:
+        """lm-eval scores of a candidate, with its repairs or without, or of the base model for None."""
         from dataclasses import asdict
 
         from spaces.candidate import Candidate
@@ -253,9 +281,15 @@ class Worker:
             self.model.reset()
         else:
             self.model.apply(Candidate.from_json(candidate))
-        return {name: asdict(score) for name, score in self.harness.score(self.model.model).items()}
+        overrides = self.repairs(Candidate.from_json(candidate)) if candidate and repaired else None
+        self.model.use(overrides)
+        try:
+            scores = self.harness.score(self.model.model)
+        finally:
+            self.model.use(None)
+        return {name: asdict(score) for name, score in scores.items()}
 
-    def export(self, candidate: str, path: str) -> int:
+    def export(self, candidate: str, path: str, repaired: bool = False) -> int:
         """Writes a candidate as a .gguf file, or as a folder; returns its bytes."""
         from compression.checkpoint_export import export_checkpoint
         from compression.gguf_export import export_gguf
@@ -265,6 +299,7 @@ class Worker:
 
         chosen, out = Candidate.from_json(candidate), Path(path)
         stored = StoredModel(self.checkpoint, self.inventory, self.bank)
+        stored.overrides = self.repairs(chosen) if repaired else None
         if out.suffix == ".gguf":
             size = export_gguf(stored, chosen, out)
             check_file(out, stored, chosen)

@@ -98,29 +98,36 @@ def _costs(lab: Lab, space: Space) -> CostModel:
     return model
 
 
-def _search(lab: Lab, space: Space) -> None:
-    """Rounds of trials until the tokens are spent."""
+def laboratory(lab: Lab, space: Space | None = None) -> tuple[optuna.Study, TrialRunner]:
+    """A study with its start enqueued, and what runs its trials; costs are measured and paid for here.
+
+    Raises:
+        Unreachable: Nothing of the space fits.
+    """
+    space = space or _space(lab)
     model = _costs(lab, space)
     allocator = Allocator(space, model, Carry(lab.inventory, lab.inventory), lab.limit)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = open_study("lab", optuna.storages.InMemoryStorage(), {})
     study.sampler = KnapsackSampler(allocator, lab.seed)
-    starts = 0
-    for form in space.forms:
-        try:
-            study.enqueue_trial(allocator.best(model.costs, form), user_attrs={"baseline": form})
-            starts += 1
-        except InfeasibleError:
-            continue
-    if not starts:
-        raise Unreachable(f"nothing of this space fits {lab.limit:,} bytes")
+    form = space.forms[0]
+    try:
+        study.enqueue_trial(allocator.best(model.costs, form), user_attrs={"baseline": form})
+    except InfeasibleError as error:
+        raise Unreachable(f"nothing of this space fits {lab.limit:,} bytes") from error
     budget = Budget(lab.limit, 10**15, WINDOW, 0, 0, 0)
     runner = TrialRunner(
         study, allocator, _Pool(lab.worker), Footprint(allocator.carry, budget),
         Throughput(allocator.carry, device(_DEVICE), WINDOW), lab.text.bytes_per_token, WINDOW,
         rungs=RUNGS, slopes=True,
     )  # fmt: skip
-    count = starts
+    return study, runner
+
+
+def _search(lab: Lab, space: Space) -> None:
+    """Rounds of trials until the tokens are spent."""
+    study, runner = laboratory(lab, space)
+    count = 1
     # A round takes at most this much; slopes are paid for within it.
     while lab.left > count * RUNGS[-1]:
         before = runner.spent
