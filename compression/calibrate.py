@@ -35,17 +35,25 @@ class _Sums:
 class _ExpertObserver:
     """Stands in for a layer's experts: the same result, with every statistic on the way."""
 
-    def __init__(self, experts: Any, count: int, hidden: int, width: int, scoring: str) -> None:
-        self.experts, self.scoring = experts, scoring
+    def __init__(
+        self, experts: Any, count: int, hidden: int, width: int, scoring: str, kept: Tensor | None
+    ) -> None:
+        self.experts, self.scoring, self.kept = experts, scoring, kept
         self.stats = {name: np.zeros(count) for name in STATISTICS}
         self.gate_up = np.zeros((count, hidden))
         self.down = np.zeros((count, width))
         self.scores: Tensor | None = None
 
     def watch_router(self, module: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Forward hook of the router: keeps its scores until the experts run."""
+        """Forward hook of the router: keeps its scores, by number among all experts, until those run."""
+        import torch
+
         logits = output[0].detach().float()
-        self.scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
+        scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
+        self.scores = scores
+        if self.kept is not None:
+            self.scores = torch.zeros(len(scores), len(self.stats["tokens"]))
+            self.scores[:, self.kept] = scores
 
     def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
         """x through one expert's matrix, however transformers' class of experts holds it."""
@@ -107,10 +115,15 @@ def _observed(model: CandidateModel, layer: int, sums: _Sums) -> Iterator[_Exper
             )
         if model.family.is_moe(layer):
             experts = model.shell.expert_module(layer)
-            router = model.shell.router(layer).module
-            family = model.family
+            restricted, family = model.shell.router(layer), model.family
+            router = restricted.module
             observer = _ExpertObserver(
-                experts, family.expert_count, model.inventory.hidden, family.expert_width, family.scoring
+                experts,
+                family.expert_count,
+                model.inventory.hidden,
+                family.expert_width,
+                family.scoring,
+                restricted.kept,
             )
             handles.append(router.register_forward_hook(observer.watch_router))
             experts.forward = observer

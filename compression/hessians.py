@@ -12,6 +12,7 @@ import numpy as np
 
 from compression.calibrate import _observed, _Sums
 from compression.candidate_model import CandidateModel
+from spaces.candidate import Candidate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +75,15 @@ class Hessians:
     Going back starts the pass anew, so that layers are best asked for in order.
 
     Args:
-        model: The model; set back to uncompressed whenever a layer is run.
+        model: The model; set anew whenever a layer is run.
         windows: (n, length) token ids of calibration.
+        candidate: Whose inputs are observed, pruned and quantized as it is; None: the uncompressed model's.
     """
 
-    def __init__(self, model: CandidateModel, windows: np.ndarray) -> None:
-        self.model, self.windows = model, windows
+    def __init__(
+        self, model: CandidateModel, windows: np.ndarray, candidate: Candidate | None = None
+    ) -> None:
+        self.model, self.windows, self.candidate = model, windows, candidate
         self._next = -1
         self._states: Tensor | None = None
         self._layer: int | None = -1
@@ -102,7 +106,10 @@ class Hessians:
         """States entering a layer."""
         import torch
 
-        self.model.reset()
+        if self.candidate is None:
+            self.model.reset()
+        else:
+            self.model.apply(self.candidate)
         if self._states is None or self._next > layer:
             self._states = self.model.embed(torch.from_numpy(self.windows.astype(np.int64)))
             self._next = 0

@@ -42,8 +42,8 @@ class Recipe:
 
     steps: int = 60
     windows: int = 8
-    scale_rate: float = 4e-3
-    plain_rate: float = 4e-3
+    scale_rate: float = 1e-2
+    plain_rate: float = 1e-2
     warmup: int = 5
 
     def rate(self, step: int) -> float:
@@ -94,13 +94,17 @@ class Tuner:
         self.plain: dict[str, _Adam] = {}
 
     def run(
-        self, text: TextSet, progress: Callable[[int, int, float], None] = lambda done, total, kl: None
+        self,
+        text: TextSet,
+        progress: Callable[[int, int, float], None] = lambda done, total, kl: None,
+        start: Overrides | None = None,
     ) -> Overrides:
         """The repairs.
 
         Args:
             text: Calibration windows; the base model's states on them are computed here.
             progress: Called with (steps done, steps in all, mean KL of the step).
+            start: Other repairs to go on from.
         """
         import torch
 
@@ -111,6 +115,7 @@ class Tuner:
         with torch.no_grad():
             states = model.hidden(windows)
         model.apply(self.candidate)
+        model.use(start)
         parts = [p for p in model.family.parts if self._tunable(p)]
         parameters = {p.path: model.shell.parameter(p) for p in parts}
         order = np.random.default_rng(0).permutation(len(windows))
@@ -118,8 +123,8 @@ class Tuner:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
             for step in range(self.recipe.steps):
-                start = step * self.recipe.windows
-                chosen = order[(start + np.arange(self.recipe.windows)) % len(order)]
+                position = step * self.recipe.windows
+                chosen = order[(position + np.arange(self.recipe.windows)) % len(order)]
                 kl = self._gradients(windows[chosen], states[chosen])
                 with torch.no_grad():
                     for part in parts:
@@ -127,12 +132,14 @@ class Tuner:
                 for parameter in parameters.values():
                     parameter.grad = None
                 progress(step + 1, self.recipe.steps, kl)
-            overrides = self._overrides(parts)
+            overrides = self._overrides(parts, start)
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            model.rewrite(p.name for p in parts)
+            model.overrides = None
+            more = {*start.blocks, *start.plain} if start is not None else set()
+            model.rewrite({p.name for p in parts} | more)
         return overrides
 
     def _tunable(self, part: Part) -> bool:
@@ -184,10 +191,10 @@ class Tuner:
             change = adam.step(slope, rate * self.recipe.scale_rate, step)
             value.mul_(change.exp().repeat_interleave(block, -1))
 
-    def _overrides(self, parts: Sequence[Part]) -> Overrides:
+    def _overrides(self, parts: Sequence[Part], start: Overrides | None) -> Overrides:
         """The fitted values in the candidate's own types."""
-        blocks: dict[str, np.ndarray] = {}
-        plain: dict[str, np.ndarray] = {}
+        blocks = dict(start.blocks) if start is not None else {}
+        plain = dict(start.plain) if start is not None else {}
         for part in parts:
             tensor = part.tensor
             if not tensor.quantizable:

@@ -99,7 +99,9 @@ def _repair(run: Running, verdict: Verdict) -> dict[int, dict[str, Any]]:
     texts = {n: run.candidate(n).to_json() for n in numbers}
     with run.stages.stage("repair") as advance:
         advance(0, len(numbers))
-        tokens = run.pool.run([("tune", (texts[n],)) for n in numbers], lambda i, _: advance(i, len(numbers)))
+        tokens = run.pool.run(
+            [("repair", (texts[n],)) for n in numbers], lambda i, _: advance(i + 1, len(numbers))
+        )
         names = {"selection": stages.SELECTION_TOKENS, "report": stages.REPORT_TOKENS}
         jobs: list[Any] = [
             ("score_repaired", (texts[n], name, size)) for n in numbers for name, size in names.items()

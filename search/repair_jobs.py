@@ -1,4 +1,4 @@
-"""A worker's jobs on repairs: re-fitting a candidate, and scoring it as it then is."""
+"""A worker's jobs on repairs: mending a candidate at no bytes, and scoring it as it then is."""
 
 from __future__ import annotations
 
@@ -35,19 +35,24 @@ class RepairJobs:
         file = self.cache / "repairs" / f"{candidate.key}.safetensors"
         return Overrides.load(file, self.model.inventory, candidate)
 
-    def tune(self, candidate: str) -> int:
-        """Re-fits scales, norms and routers of a candidate on the repair text, if that was not done yet.
+    def repair(self, candidate: str) -> int:
+        """Quantizes a candidate again with error feedback and re-fits its scales, norms and routers.
+
+        Does nothing where that was done before.
 
         Returns:
             Tokens it takes, a backward pass counting as two of forward.
         """
+        from compression.requantize import requantized
         from evaluators.tuning import Recipe, Tuner
 
         chosen, recipe = Candidate.from_json(candidate), Recipe()
         text = self._text("repair", 10**9)
         file = self.cache / "repairs" / f"{chosen.key}.safetensors"
         if not file.exists():
-            Tuner(self.model, chosen, recipe).run(text).save(file)
+            calibration = self._text("calibration", 10**9)
+            start = requantized(self.model, chosen, calibration.windows)
+            Tuner(self.model, chosen, recipe).run(text, start=start).save(file)
         return 3 * recipe.steps * recipe.windows * int(text.windows.shape[1])
 
     def score_repaired(self, candidate: str, name: str, tokens: int) -> dict[str, list[float]]:

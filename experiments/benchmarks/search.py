@@ -156,6 +156,16 @@ def collect(out: Path, todo: Sequence[Job]) -> list[dict[str, Any]]:
     return [json.loads(f.read_text("utf-8")) for f in files if f.exists()]
 
 
+def restore(out: Path, file: Path | None) -> None:
+    """Puts records of an earlier run, perhaps of another machine, where they count as done."""
+    if file is None or not file.exists():
+        return
+    for record in json.loads(file.read_text("utf-8")):
+        job = Job(record["method"], record["gigabytes"], record["seed"], record["tokens"])
+        if not (out / "runs" / job.file).exists():
+            write_text(out / "runs" / job.file, json.dumps(record))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for cache and runs")
@@ -165,7 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="file for all records")
+    parser.add_argument("--json", type=Path, help="file for all records; those it holds are not run again")
     args = parser.parse_args()
     names = [n.replace("+", ", ") for n in args.methods.split(",")]
     budgets, seeds = [float(b) for b in args.budgets.split(",")], [int(s) for s in args.seeds.split(",")]
@@ -174,6 +184,7 @@ def main() -> None:
         names = [n for n in names if n not in QUICK["slow"] and n not in ABLATION]  # type: ignore[operator]
         budgets, seeds, tokens = list(QUICK["budgets"]), list(QUICK["seeds"]), QUICK["tokens"]  # type: ignore[call-overload]
     todo = jobs(names, budgets, seeds, tokens)
+    restore(args.out, args.json)
     prepare(args.out / "cache", lambda stage: print(f"{stage} ...", flush=True))
     shares = [(todo[i :: args.processes], args.out) for i in range(args.processes)]
     if args.processes == 1:
@@ -182,7 +193,8 @@ def main() -> None:
         with get_context("spawn").Pool(args.processes) as pool:
             pool.map(_work, shares, chunksize=1)
     if args.json:
-        write_text(args.json, json.dumps(collect(args.out, todo), indent=None) + "\n")
+        rows = [json.dumps(r) for r in collect(args.out, jobs(list(METHODS), BUDGETS, SEEDS, tokens))]
+        write_text(args.json, "[\n" + ",\n".join(rows) + "\n]\n")
 
 
 if __name__ == "__main__":

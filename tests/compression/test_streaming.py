@@ -239,6 +239,7 @@ def test_a_layer_is_read_once_for_candidates_that_agree_in_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from collections import Counter
+
     from compression.setting import Settings
     from evaluators.population import Population
 

@@ -154,6 +154,7 @@ def test_the_key_follows_all_that_decides_the_bytes(monkeypatch: pytest.MonkeyPa
         "shape": variant_key(replace(MATRIX, shape=(3, 512)), "Q4_K", h, "model"),
         "imatrix": variant_key(MATRIX, "Q4_K", h * 2, "model"),
         "no imatrix": variant_key(MATRIX, "Q4_K", None, "model"),
+        "feedback": variant_key(MATRIX, "Q4_K", h, "model", feedback=True),
     }
     monkeypatch.setattr(ggml, "version", lambda: "another")
     keys["version"] = variant_key(MATRIX, "Q4_K", h, "model")
