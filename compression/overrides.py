@@ -20,6 +20,7 @@ from compression.safetensors_writer import Item, write
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 from spaces.inventory import Inventory
+from spaces.quant_types import quant_type
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ class Overrides:
             tensor = inventory.by_name.get(name)
             if tensor is None:
                 raise UserError(f"{path}: {name} is no tensor of {inventory.name}; delete the file")
-            wanted = tensor.bytes(types[name]) if tensor.quantizable else 4 * tensor.parameters
-            if entry.size != wanted or entry.kind != ("U8" if tensor.quantizable else "F32"):
-                raise UserError(f"{path}: {name} is not {wanted} bytes; delete it and run the search again")
+            kind, shape = "F32", tensor.shape
+            if tensor.quantizable:
+                kind, shape = "U8", (*shape[:-1], quant_type(types[name]).row_bytes(tensor.row))
+            if (entry.kind, entry.shape) != (kind, shape):
+                raise UserError(f"{path}: {name} is not {kind} of {shape}; delete it and search again")
             if tensor.quantizable:
                 blocks[name] = read_raw(entry).reshape(entry.shape)
             else:

@@ -92,10 +92,12 @@ class Slopes:
             entering = [x.clone() for x in model.layer_states(windows)]
         types = dict(setting.entry) | dict(setting.exit) | {n: t for b in setting.blocks for n, t in b.types}
         project = _Projector(model, self.space, types, windows.numel(), windows.shape[1])
-        flowing = self._head(windows, entering[-1], states, probes, seed, project)
+        flowing, matrix = self._head(windows, entering[-1], states, probes, seed)
+        if not model.family.tied:
+            project.add(model.family.by_name["output.weight"], matrix)
         for layer in range(model.inventory.layers - 1, -1, -1):
             flowing = self._block(layer, entering[layer], flowing, project)
-        self._embedding(windows, flowing, project)
+        self._embedding(windows, flowing, project, matrix if model.family.tied else None)
         return project.slopes
 
     def _head(
@@ -105,9 +107,11 @@ class Slopes:
         states: np.ndarray,
         probes: int,
         seed: int,
-        project: _Projector,
-    ) -> Tensor:
-        """Gradients at the last block's output: (n, 1 + probes, length, hidden), KL's own first."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients at the last block's output, (n, 1 + probes, length, hidden), and of the output matrix.
+
+        KL's own come first.
+        """
         import torch
 
         model, generator = self.model, torch.Generator().manual_seed(seed)
@@ -127,10 +131,7 @@ class Slopes:
                     gradient[torch.arange(len(drawn)), drawn] += 1
                 (out[i, k],) = torch.autograd.grad(logits, x, gradient[None], retain_graph=k < probes)
                 matrix.append(gradient.T @ hidden.detach()[0] / model.family.logit_divisor)
-        if "output.weight" in project.model.inventory.by_name:
-            name = "output.weight"
-            project.add(model.family.by_name[name], torch.stack(matrix).view(len(windows), 1 + probes, -1))
-        return out
+        return out, torch.stack(matrix).view(len(windows), 1 + probes, -1)
 
     def _block(self, layer: int, entering: Tensor, flowing: Tensor, project: _Projector) -> Tensor:
         """Projects a block's gradients; returns those at its input."""
@@ -164,18 +165,25 @@ class Slopes:
                 project.add(p, torch.stack(held.pop(p.name)).view(len(entering), flowing.shape[1], -1))
         return out
 
-    def _embedding(self, windows: Tensor, flowing: Tensor, project: _Projector) -> None:
+    def _embedding(self, windows: Tensor, flowing: Tensor, project: _Projector, more: Tensor | None) -> None:
+        """Projects the embedding's gradients, with `more` of its use as the output matrix."""
         import torch
 
         part = self.model.family.by_name["token_embd.weight"]
-        table = self.model.model.model.embed_tokens.weight
+        table = self.model.shell.parameter(part)
         rows = []
-        for i in range(len(windows)):
-            for k in range(flowing.shape[1]):
-                gradient = torch.zeros_like(table)
-                gradient.index_add_(0, windows[i], flowing[i, k])
-                rows.append(gradient.view(-1))
-        project.add(part, torch.stack(rows).view(*flowing.shape[:2], -1))
+        try:
+            table.requires_grad_(True)
+            for i in range(len(windows)):
+                x = self.model.embed(windows[i : i + 1])  # some families scale what they look up
+                for k in range(flowing.shape[1]):
+                    keep = k < flowing.shape[1] - 1
+                    (found,) = torch.autograd.grad(x, table, flowing[i, k][None], retain_graph=keep)
+                    rows.append(found.view(-1))
+        finally:
+            table.requires_grad_(False)
+        gradients = torch.stack(rows).view(*flowing.shape[:2], -1)
+        project.add(part, gradients if more is None else gradients + more)
 
 
 def _groups(parts: Sequence[Part]) -> list[list[Part]]:

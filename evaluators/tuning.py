@@ -126,8 +126,10 @@ class Tuner:
                 position = step * self.recipe.windows
                 chosen = order[(position + np.arange(self.recipe.windows)) % len(order)]
                 kl = self._gradients(windows[chosen], states[chosen])
+                # Two plain parts may share a parameter (biases of gates and ups), which is stepped once.
+                once = {p.name if p.tensor.quantizable else p.path: p for p in parts}
                 with torch.no_grad():
-                    for part in parts:
+                    for part in once.values():
                         self._update(part, parameters[part.path], step)
                 for parameter in parameters.values():
                     parameter.grad = None
@@ -216,7 +218,7 @@ class Tuner:
         fitted = self.model.shell.parameter(part).detach()
         values = np.concatenate([v.numpy().reshape(-1) for v in part.views(fitted)])
         experts = self._rows(part)
-        if experts is None:
+        if experts is None or part.stacked:  # only routers' parameters lack the experts left out
             return part.encode(values.reshape(whole.shape)).astype(np.float32)
         whole[experts] = part.encode(values.reshape(len(experts), *whole.shape[1:]))
         return whole

@@ -127,7 +127,6 @@ def test_progress_tells_of_every_step_and_begins_at_the_candidates_divergence(
     assert [step[:2] for step in seen] == [(i + 1, RECIPE.steps) for i in range(RECIPE.steps)]
     # Two steps of four windows see all eight; in between the first small update is made.
     assert np.mean([kl for *_, kl in seen[:2]]) == pytest.approx(before.mean_kl, rel=0.05)
-    assert seen[-1][2] < seen[0][2]
 
 
 def test_the_model_is_left_as_the_candidate_without_repairs(
@@ -141,9 +140,7 @@ def test_the_model_is_left_as_the_candidate_without_repairs(
         model.apply(wanted)
         assert (found.kl.tolist(), found.nll.tolist(), found.top1.tolist()) == expected
     assert model.overrides is None
-    parameters = list(model.model.parameters())
-    assert not any(p.requires_grad for p in parameters)
-    assert all(p.grad is None for p in parameters)
+    assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
     model.reset()
     assert abs(measure(model, text, states).mean_kl) < 1e-6
 
