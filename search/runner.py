@@ -28,7 +28,6 @@ from search.stages import SEARCH_TOKENS
 from search.study import finished, window_scores
 from spaces.candidate import Candidate
 from spaces.errors import UserError
-from spaces.space import PORTABLE, RAGGED
 
 RUNGS = (SEARCH_TOKENS // 16, SEARCH_TOKENS // 4, SEARCH_TOKENS)
 """Tokens of the fidelities; each holds the one before it."""
@@ -173,7 +172,7 @@ class TrialRunner:
 
     def _beats(self, rival: _Rival, own: _Rival) -> bool:
         """Whether a rival is as small and fast, and clearly better on the same windows."""
-        if rival.portable != own.portable:
+        if rival.portable != own.portable and len(self.allocator.space.forms) > 1:
             return False
         if rival.static["target_bytes"] > 1.005 * own.static["target_bytes"]:
             return False
@@ -198,7 +197,7 @@ class TrialRunner:
             return
         seen = sampler.seen(self.study.get_trials(deepcopy=False))
         wanted = []
-        for form in (PORTABLE, RAGGED):
+        for form in self.allocator.space.forms:
             best = sampler.incumbent(seen, form)
             if best is None or best.damage > _BETTER * self._sloped.get(form, float("inf")):
                 continue

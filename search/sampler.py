@@ -79,7 +79,8 @@ class KnapsackSampler(BaseSampler):
 
     def incumbent(self, seen: Sequence[Seen], form: str) -> Seen | None:
         """The lowest KL of a form among complete trials."""
-        own = [s for s in seen if s.complete and s.portable == (form == PORTABLE)]
+        one = len(self.space.forms) == 1
+        own = [s for s in seen if s.complete and (one or s.portable == (form == PORTABLE))]
         return min(own, key=lambda s: (s.damage, s.number), default=None)
 
     def belief(self, seen: Sequence[Seen], near: Seen | None) -> Belief:

@@ -59,6 +59,9 @@ class Restricted(Space):
         # Where a layer's choices may differ they may also agree: a ragged search has portable configs in it.
         return (self.only,)
 
+    def params(self, *args: Any, **more: Any) -> dict[str, Any]:
+        return super().params(*args, **more) | {"form": self.only}
+
     @cached_property
     def kept_options(self) -> tuple[int, ...]:
         whole = Space(self.inventory, self.rankings, self.runtime, self.types).kept_options
