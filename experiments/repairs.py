@@ -36,20 +36,22 @@ def score(worker: Worker, candidate: Candidate, overrides: Overrides | None) -> 
     return {k: round(v, 5) for k, v in found.scores().items()}
 
 
-def repaired(worker: Worker, candidate: Candidate) -> dict[str, Any]:
-    """Scores and seconds of each combination."""
+def repaired(worker: Worker, candidate: Candidate, brief: bool) -> dict[str, Any]:
+    """Scores and seconds of each combination; `brief`: of all repairs together alone."""
     model, calibration = worker.model, worker._text("calibration", 10**9)
     text = worker._text("repair", 10**9)
     out: dict[str, Any] = {"none": score(worker, candidate, None)}
-    begun = time.perf_counter()
-    refreshed = requantized(model, candidate, calibration.windows, rounds=0)
-    taken = round(time.perf_counter() - begun, 1)
-    out["importance refreshed"] = score(worker, candidate, refreshed) | {"seconds": taken}
+    if not brief:
+        begun = time.perf_counter()
+        refreshed = requantized(model, candidate, calibration.windows, rounds=0)
+        taken = round(time.perf_counter() - begun, 1)
+        out["importance refreshed"] = score(worker, candidate, refreshed) | {"seconds": taken}
     begun = time.perf_counter()
     again = requantized(model, candidate, calibration.windows)
     taken = round(time.perf_counter() - begun, 1)
     out["error feedback"] = score(worker, candidate, again) | {"seconds": taken}
-    for name, start in (("re-fitted", None), ("error feedback, re-fitted", again)):
+    combinations = (("re-fitted", None), ("error feedback, re-fitted", again))
+    for name, start in combinations[brief:]:
         begun = time.perf_counter()
         fitted = Tuner(model, candidate).run(text, start=start)
         taken = round(time.perf_counter() - begun, 1)
@@ -61,13 +63,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+")
+    parser.add_argument("--brief", action="store_true", help="no repair alone but error feedback")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     worker = Lab.open(args.out / "cache")
-    rows = {}
+    known = args.json is not None and args.json.exists()
+    rows = json.loads(args.json.read_text("utf-8")) if known else {}
     for name in args.runs:
+        if name in rows:
+            continue
         record = json.loads((args.out / "runs" / f"{name}.json").read_text("utf-8"))
-        rows[name] = repaired(worker, Candidate.from_json(json.dumps(record["candidate"])))
+        rows[name] = repaired(worker, Candidate.from_json(json.dumps(record["candidate"])), args.brief)
         print(name, json.dumps(rows[name]), flush=True)
         if args.json:
             write_text(args.json, json.dumps(rows, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial
 
 from search.allocator import Allocator
-from search.costs import CostModel, Option, probes
+from search.costs import STREAMED, CostModel, Effort, Option, Probe, count_probes, ranking_probes, type_probes
+from search.interactions import Interactions
+from search.posterior import Curve
+from spaces.candidate import Candidate
 from spaces.carry import Carry
 from spaces.inventory import Inventory
 from spaces.quant_types import QUANT_TYPES, ladder
@@ -26,23 +30,36 @@ def errors(space: Space) -> dict[tuple[str, str], float]:
     }
 
 
-def measured(space: Space, seed: int = 0) -> dict[Option, float]:
+def probed(space: Space, price: Callable[[Option], float], effort: Effort = STREAMED) -> dict[Option, float]:
+    """What every option costs that is measured before the first trial, in the order it is measured."""
+    found: dict[Probe, float] = {}
+    for probe in [*ranking_probes(space, effort), *type_probes(space, effort)]:
+        found[probe] = price(probe[0])
+    for probe in count_probes(space, effort, found):
+        found[probe] = price(probe[0])
+    return {option: cost for (option, _), cost in found.items()}
+
+
+def measured(space: Space, seed: int = 0, effort: Effort = STREAMED) -> dict[Option, float]:
     """The cost of every option that is measured: what tensors and layers weigh is random."""
     rng = np.random.default_rng(seed)
     weights = {t.name: float(rng.lognormal()) for t in space.inventory.quantizable}
     layers = {layer: float(rng.lognormal()) for layer in space.inventory.moe_layers}
     badness = {"reap": 0.1, "mass": 0.12, "paper": 0.2}
-    damage, experts, out = errors(space), space.inventory.experts, {}
-    for decision, choice in probes(space):
+    damage, experts = errors(space), space.inventory.experts
+
+    def price(option: Option) -> float:
+        decision, choice = option
         if decision.endswith(".experts"):
             kept, criterion = choice
-            cost = layers[int(decision.split(".")[1])] * badness[criterion] * (1 - kept / experts) ** 1.5
-        elif decision.endswith(".top_k"):
-            cost = 0.05 * (1 - choice / space.inventory.top_k)
-        else:
-            cost = weights[decision] * damage[decision, choice]
-        out[decision, choice] = cost
-    return out
+            return float(
+                layers[int(decision.split(".")[1])] * badness[criterion] * (1 - kept / experts) ** 1.5
+            )
+        if decision.endswith(".top_k"):
+            return float(0.05 * (1 - choice / space.inventory.top_k))
+        return weights[decision] * damage[decision, choice]
+
+    return probed(space, price, effort)
 
 
 def cost_model(space: Space, seed: int = 0) -> CostModel:
@@ -69,6 +86,18 @@ def target_bytes(allocator: Allocator, params: dict[str, Any]) -> int:
     return allocator.carry.target.file_bytes(plan)
 
 
+def additive(allocator: Allocator, costs: np.ndarray, candidate: Candidate) -> float:
+    """The sum of a candidate's costs."""
+    space, index = allocator.space, allocator.model.index
+    total = sum(costs[index[option]] for option in candidate.types)
+    for m in candidate.layers:
+        n = len(m.experts)
+        criterion = next(c for c in space.criteria if space.experts(m.layer, n, c) == m.experts)
+        total += costs[index[f"blk.{m.layer}.experts", (n, criterion)]]
+        total += costs[index[f"blk.{m.layer}.top_k", m.top_k]]
+    return float(total)
+
+
 def wrong_about(costs: np.ndarray, seed: int, spread: float = 0.6) -> np.ndarray:
     """True costs where `costs` were measured."""
     return costs * np.random.default_rng(seed).lognormal(0, spread, len(costs))
@@ -81,18 +110,32 @@ class Game:
         sampler: What proposes.
         allocator: Space and limit.
         truth: One true cost per option of the allocator's cost model.
+        noise: Relative, of every KL that is told.
+        curve: KL of a sum; the sum itself where None.
+        weights: True weights of the interactions, which add to the sum.
     """
 
     def __init__(
-        self, sampler: BaseSampler, allocator: Allocator, truth: np.ndarray, noise: float = 0.02
+        self,
+        sampler: BaseSampler,
+        allocator: Allocator,
+        truth: np.ndarray,
+        noise: float = 0.02,
+        curve: Curve | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.allocator, self.truth, self.noise = allocator, truth, noise
+        self.allocator, self.truth, self.noise, self.curve = allocator, truth, noise, curve
+        self.interactions, self.weights = Interactions(allocator.model), weights
         self.rng = np.random.default_rng(0)
         self.study = optuna.create_study(directions=["minimize", "minimize", "maximize"], sampler=sampler)
 
     def true_kl(self, params: dict[str, Any]) -> float:
-        return float(self.truth[self.allocator.model.columns(params)].sum())
+        columns = self.allocator.model.columns(params)
+        total = float(self.truth[columns].sum())
+        if self.weights is not None:
+            total += float(self.interactions.features(columns) @ self.weights)
+        return total if self.curve is None else float(self.curve.damage(total))
 
     def play(self, trials: int, batch: int = 4) -> list[FrozenTrial]:
         """Asks and tells in batches; returns all trials."""

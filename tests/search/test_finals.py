@@ -10,8 +10,9 @@ import pytest
 from optuna.trial import TrialState
 
 from search.finals import FINALISTS, baseline_trials, compare, finalists, score_on, winners
+from search.runner import TrialRunner
 from search.sampler import make_sampler
-from search.study import TrialRunner, finished, open_study
+from search.study import finished, open_study
 from spaces.space import PORTABLE, RAGGED
 from tests.search import synthetic
 from tests.search.fake_pool import FakePool, make_runner

@@ -25,6 +25,7 @@ def test_a_budget_is_all_that_must_be_given() -> None:
     assert (options.sampler, options.runtime) == ("knapsack", "any")
     assert options.out.parent == (Path("runs")).resolve()
     assert options.export
+    assert options.repair == "auto"
     assert not options.dry_run
 
 
@@ -34,7 +35,7 @@ def test_options_are_read_as_given(tmp_path: Path) -> None:
             "--budget", "4 GiB", "--model", str(tmp_path), "--device", "rtx-5090", "--device-memory", "24GiB",
             "--context", "1", "--runtime", "llama.cpp", "--trials", "7", "--workers", "0", "--sampler", "tpe",
             "--tasks", "a, b", "--limit", "3", "--seed", "5", "--study", "s.1", "--out", str(tmp_path / "o"),
-            "--no-export", "--dry-run",
+            "--no-export", "--repair", "none", "--dry-run",
         ]
     )  # fmt: skip
     assert (options.budget, options.device.memory, options.context) == (4 * 2**30, 24 * 2**30, 1)
@@ -45,6 +46,7 @@ def test_options_are_read_as_given(tmp_path: Path) -> None:
     assert (options.study, options.out) == ("s.1", tmp_path / "o")
     assert options.dry_run
     assert not options.export
+    assert options.repair == "none"
 
 
 @pytest.mark.parametrize("text", ["none", ""])
@@ -77,6 +79,9 @@ def test_tasks_can_be_left_out(text: str) -> None:
         ([*GOOD, "--sampler", "cmaes"], "--sampler"),
         ([*GOOD, "--sampler", "Knapsack"], "--sampler"),
         ([*GOOD, "--limit", "0"], "--limit"),
+        ([*GOOD, "--repair", "always"], "--repair"),
+        ([*GOOD, "--repair", ""], "--repair"),
+        ([*GOOD, "--repair"], "--repair"),
         ([*GOOD, "--seed", "-1"], "--seed"),
         ([*GOOD, "--seed", "x"], "--seed"),
         ([*GOOD, "--tasks-path", "/no/such/folder"], "--tasks-path"),

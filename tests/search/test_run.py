@@ -6,16 +6,27 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from evaluators.tuning import Recipe
 from search import export, run
 from search.engine import Search
 from search.options import SHIPPED_TEXTS, parse
 from spaces.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_repairs() -> Iterator[None]:
+    """Repairs of a few steps: whether they pay is not what is tested here."""
+    short = Recipe(steps=4, windows=2, warmup=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluators.tuning.Recipe", lambda: short)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +71,25 @@ def test_result_file_holds_what_the_run_returned(finished: tuple[list[str], Path
     assert set(result["front"]) <= numbers
     assert set(result["baselines"].values()) <= numbers
     assert {"knapsack", "paper-rules"} <= result["baselines"].keys()
+
+
+def test_result_file_says_what_repairs_did_and_which_are_used(
+    finished: tuple[list[str], Path, dict],
+) -> None:
+    result = finished[2]
+    assert result["repairs"].keys() == {str(n) for n in result["winners"].values() if n is not None}
+    for number, repair in result["repairs"].items():
+        before = result["finals"][number]["selection"]["kl"]
+        assert repair["used"] == (repair["selection"]["kl"] < before)
+        assert repair["tokens"] > 0
+        assert repair["report"]["kl"] > 0
+
+
+def test_result_file_says_what_the_trials_took(finished: tuple[list[str], Path, dict]) -> None:
+    result = finished[2]
+    took, tokens = result["trial_stage"], sum(t["scores"]["tokens"] for t in result["trials"])
+    assert took["tokens"] >= tokens > 0
+    assert 0 < took["evaluation_seconds"] <= took["seconds"]
 
 
 def test_winner_is_not_worse_than_any_baseline_on_the_text_it_was_chosen_on(
@@ -180,6 +210,7 @@ BAD = [
     (["--budget", "103GB", "--workers", "-2"], "--workers"),
     (["--budget", "103GB", "--limit", "0"], "--limit"),
     (["--budget", "103GB", "--seed", "-1"], "--seed"),
+    (["--budget", "103GB", "--repair", "maybe"], "--repair"),
     (["--budget", "103GB", "--study", "../x"], "--study"),
     (["--budget", "103GB", "--model", "/no/such/model"], "no such model folder"),
     (["--budget", "103GB", "--tasks-path", "/no/such/folder"], "--tasks-path"),
