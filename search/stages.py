@@ -7,10 +7,11 @@ the same command runs again.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from compression.files import write_text
 from evaluators.texts import TextSet, make_windows, read_documents, split_documents
@@ -157,8 +158,18 @@ class CostFile:
                     measured[option, tokens] = cost
         return measured, estimated
 
+    @staticmethod
+    def _whole(stream: IO[bytes]) -> bool:
+        """Whether the last line ends."""
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"
+
     def append(self, rows: Iterable[tuple[str, Any, int, float]]) -> None:
         """Adds (decision, choice, tokens, cost) rows; 0 tokens for an estimate."""
+        with self.file.open("a+b") as stream:
+            # A line that a crash cut short must not swallow the next one.
+            if stream.tell() and not self._whole(stream):
+                stream.write(b"\n")
         with self.file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -180,7 +191,8 @@ def measure_costs(
     measured, estimated = file.read()
     spent = 0
     if effort.slope_tokens:
-        if not estimated:
+        every = {(t.name, kind) for t in space.inventory.quantizable for kind in space.ladder(t)}
+        if not every <= estimated.keys():
             (_, rows), *_ = pool.run([("slopes", (None, effort.slope_tokens, effort.slope_probes))])
             file.append((name, kind, 0, second) for name, kind, _, second in rows)
             _, estimated = file.read()

@@ -12,7 +12,7 @@ Deviations, forced by the setting:
 - Each trial is scored on the first 4,096 search tokens: no early stopping, no seeded trials.
 - `gp` is asked for one trial at a time (with others open, one proposal takes many minutes) and ends after
   `GP_TRIALS` though tokens are left: past the ten it draws at random, refitting three processes and
-  maximising the acquisition over 59 to 80 parameters takes 20 to 50 seconds a proposal and grows.
+  maximising the acquisition over 59 to 80 parameters takes 10 to 50 seconds a proposal and grows.
 """
 
 from __future__ import annotations

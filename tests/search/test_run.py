@@ -53,7 +53,9 @@ def finished(
         "--text", str(texts[0]), "--calibration", str(texts[1]), "--tasks", "none",
         "--study", "tiny", "--out", str(out), "--device", "raspberry-pi-5-16",
     ]  # fmt: skip
-    result = Search.open(parse(arguments)).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluators.tuning.Recipe", lambda: Recipe(steps=6))
+        result = Search.open(parse(arguments)).run()
     return arguments, out, result
 
 

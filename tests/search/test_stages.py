@@ -82,7 +82,6 @@ def test_a_line_cut_short_is_measured_again_and_no_other(tmp_path: Path) -> None
     assert found.costs.tolist() == model.costs.tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="the line after one cut short is joined to it, and lost too")
 def test_what_was_measured_after_a_line_cut_short_is_found_again(tmp_path: Path) -> None:
     measure(pool(), tmp_path, FULL)
     cut(tmp_path / "costs.jsonl", estimate=False)
@@ -92,7 +91,6 @@ def test_what_was_measured_after_a_line_cut_short_is_found_again(tmp_path: Path)
     assert not third.priced
 
 
-@pytest.mark.xfail(strict=True, reason="estimates that are not all there count as there")
 def test_estimates_cut_short_are_made_again(tmp_path: Path) -> None:
     model, _ = measure(pool(), tmp_path, LEAN)
     cut(tmp_path / "costs.jsonl", estimate=True)
