@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from search.allocator import Allocator
 from spaces.allocation import InfeasibleError
 from spaces.quant_types import LADDER
@@ -34,12 +36,25 @@ def _paper_types(space: Space, base: int) -> dict[str, str]:
     return out
 
 
+def unpruned(allocator: Allocator) -> dict[str, Any] | None:
+    """The additive cost model's optimum among configs that keep every expert; None where none fits."""
+    space, costs = allocator.space, allocator.model.costs.copy()
+    prohibitive = 1e3 + float(np.abs(costs).sum())
+    for (decision, choice), column in allocator.model.index.items():
+        if decision.endswith(".experts") and choice[0] < space.inventory.experts:
+            costs[column] = prohibitive
+    params = allocator.best(costs, space.forms[0])
+    kept = {space.layer_choice(params, layer)[0] for layer in space.inventory.moe_layers}
+    return params if kept == {space.inventory.experts} else None
+
+
 def baselines(allocator: Allocator) -> dict[str, dict[str, Any]]:
     """Name to parameters of every baseline that fits the budget.
 
     * `uniform`: nothing pruned, the largest type that fits everywhere.
     * `reap-N+uniform`: N experts by REAP in every layer, the largest uniform type that fits.
     * `paper-rules`: arXiv 2509.25689 with r = 0.75, its importance score, edges up, middle down.
+    * `knapsack-unpruned`: the cost model's optimum with every expert kept.
     * `knapsack`, `knapsack-ragged`: the additive cost model's optimum, before any trial.
     """
     space = allocator.space
@@ -62,6 +77,9 @@ def baselines(allocator: Allocator) -> dict[str, dict[str, Any]]:
         largest(f"reap-{kept}+uniform", kept, "reap", uniform_at)
     ratio = min(space.kept_options, key=lambda n: abs(n - PAPER_RATIO * experts))
     largest("paper-rules", ratio, "paper", lambda step: _paper_types(space, step))
+    whole = unpruned(allocator)
+    if whole is not None:
+        out["knapsack-unpruned"] = whole
     for form in space.forms:
         try:
             name = "knapsack-ragged" if form == RAGGED else "knapsack"

@@ -22,6 +22,7 @@ from evaluators.throughput import Throughput
 from experiments.baselines.lab import Lab
 from experiments.baselines.method import Method, Unreachable
 from search.allocator import Allocator
+from search.baselines import unpruned
 from search.costs import LEAN, CostModel
 from search.pool import Job, LocalPool
 from search.runner import ROUND, TrialRunner
@@ -118,6 +119,9 @@ def laboratory(lab: Lab, space: Space | None = None) -> tuple[optuna.Study, Tria
         study.enqueue_trial(allocator.best(model.costs, form), user_attrs={"baseline": form})
     except InfeasibleError as error:
         raise Unreachable(f"nothing of this space fits {lab.limit:,} bytes") from error
+    whole = unpruned(allocator)
+    if whole is not None:
+        study.enqueue_trial(whole, user_attrs={"baseline": "unpruned"})
     budget = Budget(lab.limit, 10**15, WINDOW, 0, 0, 0)
     runner = TrialRunner(
         study, allocator, _Pool(lab.worker), Footprint(allocator.carry, budget),
@@ -130,7 +134,7 @@ def laboratory(lab: Lab, space: Space | None = None) -> tuple[optuna.Study, Tria
 def _search(lab: Lab, space: Space) -> None:
     """Rounds of trials until the tokens are spent."""
     study, runner = laboratory(lab, space)
-    count = 1
+    count = len(study.get_trials(deepcopy=False))
     # A round takes at most this much; slopes are paid for within it.
     while lab.left > count * RUNGS[-1]:
         before = runner.spent
