@@ -16,8 +16,14 @@ def table(result: dict[str, Any]) -> str:
         if number is not None:
             names[number] = f"**winner, {form}**" + (f" (= {names[number]})" if number in names else "")
     rows = []
-    for number, name in names.items():
-        quality, scores = result["finals"][str(number)]["report"], trials[number]["scores"]
+    shown = [(number, name, result["finals"][str(number)]["report"]) for number, name in names.items()]
+    shown += [
+        (number, f"**winner, {form}, repaired: as exported**", result["repairs"][str(number)]["report"])
+        for form, number in result["winners"].items()
+        if result.get("repairs", {}).get(str(number), {}).get("used")
+    ]
+    for number, name, quality in shown:
+        scores = trials[number]["scores"]
         experts = sorted({len(m["experts"]) for m in trials[number]["candidate"]["layers"]})
         kept = str(experts[0]) if len(experts) == 1 else f"{experts[0]}-{experts[-1]}"
         rows.append(
