@@ -84,7 +84,7 @@ class Allocator:
     def draw(
         self, costs: np.ndarray, form: str, top_k: Mapping[int, int] | None = None, share: float = 1.0
     ) -> dict[str, Any]:
-        """As `best`, within a fraction of a percent of it, in milliseconds.
+        """As `best`, close to it, in milliseconds; see `search.relaxation`.
 
         Args:
             costs: One cost per option.
