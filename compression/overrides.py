@@ -8,6 +8,7 @@ it ships.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,17 @@ class Overrides:
         items += [Item(n, "F32", x.shape, lambda x=x: [x]) for n, x in self.plain.items()]  # type: ignore[misc]
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as stream:
-            write(stream, items, {"format": "moefit repairs", "candidate": self.candidate})
+            marks = {"format": "moefit repairs", "candidate": self.candidate, "digest": self.digest}
+            write(stream, items, marks)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names and values."""
+        out = hashlib.sha256()
+        for name, values in sorted({**self.blocks, **self.plain}.items()):
+            out.update(name.encode())
+            out.update(np.ascontiguousarray(values).tobytes())
+        return out.hexdigest()
 
     @classmethod
     def load(cls, path: Path, inventory: Inventory, candidate: Candidate) -> Overrides:
@@ -70,4 +81,7 @@ class Overrides:
                 blocks[name] = read_raw(entry).reshape(entry.shape)
             else:
                 plain[name] = read(entry)
-        return cls(candidate.key, blocks, plain)
+        found = cls(candidate.key, blocks, plain)
+        if found.digest.encode() not in raw:
+            raise UserError(f"{path}: its values are not those that were written; delete it and search again")
+        return found

@@ -20,7 +20,7 @@ from compression.overrides import Overrides
 from spaces.candidate import Candidate
 from spaces.quant_types import IGNORES_IMATRIX
 
-ROUNDS = 2
+ROUNDS = 1
 """Of error feedback: most of the gain is in the first."""
 
 

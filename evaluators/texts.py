@@ -14,6 +14,8 @@ import numpy as np
 from spaces.errors import MALFORMED, UserError
 
 WINDOW = 256
+_SPREAD = 8  # windows, at least, that a few tokens are spread over
+_SHORTEST = 28  # tokens of a window cut short
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class TextSet:
         """The first windows that hold at least `tokens` tokens, or all."""
         count = min(len(self.windows), -(-tokens // self.windows.shape[1]))
         return TextSet(self.name, self.windows[:count], self.sources[:count], self.bytes_per_token)
+
+    def spread(self, tokens: int) -> TextSet:
+        """About `tokens` tokens of every kind of text: starts of the first windows, or whole ones.
+
+        A few whole windows would be of a few sources only, and damage depends on the kind of text: an
+        expert that one of them does not need looks useless.
+        """
+        length, kinds = self.windows.shape[1], max(_SPREAD, len(set(self.sources)))
+        # Two windows of each, if that leaves some text to attend to.
+        count = min(len(self.windows), kinds * (2 if tokens >= 2 * kinds * _SHORTEST else 1))
+        if tokens >= count * length:
+            return self.head(tokens)
+        short = self.windows[:count, : max(2, tokens // count)]
+        return TextSet(self.name, short, self.sources[:count], self.bytes_per_token)
 
 
 def read_documents(file: Path, option: str) -> list[tuple[str, str]]:

@@ -91,6 +91,9 @@ class Allocator:
             form: Portable or ragged.
             top_k: Active experts per layer; the model's own where None.
             share: Of the limit that may be used.
+
+        Raises:
+            InfeasibleError: Nothing of this form fits that share of the limit.
         """
         space = self.space
         layers = space.inventory.moe_layers
@@ -98,7 +101,10 @@ class Allocator:
             self._classes, int(share * self.limit) - self._fixed[form], alike=form == PORTABLE
         )
         prices = costs[self._pruning]  # (L, N, criteria)
-        choice = relaxed.best(costs, prices.min(2))
+        try:
+            choice = relaxed.best(costs, prices.min(2))
+        except InfeasibleError as error:
+            raise InfeasibleError(int(share * self.limit), error.smallest + self._fixed[form]) from error
         names = [t for layer in layers for t in self.stacked if t.layer == layer]
         types = {t.name: space.ladder(t)[i] for t, i in zip(self.plain, choice.plain, strict=True)}
         types |= {t.name: space.ladder(t)[i] for t, i in zip(names, choice.stacked.ravel(), strict=True)}

@@ -118,32 +118,33 @@ def _chosen(seen: Sequence[Seen]) -> list[Seen]:
 def observed(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, float, float]]:
     """(trial, KL, standard error) of every finished or early-stopped trial.
 
-    An early-stopped trial saw only the first windows, which may be harder or
+    An early-stopped trial saw only some tokens, which may be harder or
     easier than the rest: its KL is scaled by what complete trials show of that.
-    All complete trials saw the same windows, so that what they differ by is no
+    All complete trials saw the same tokens, so that what they differ by is no
     noise of sampling; only what the scaling leaves open is.
     """
     scored = [t for t in trials if "scores" in t.user_attrs]
     complete = [t for t in scored if t.state == TrialState.COMPLETE]
     out = [(t, float(t.user_attrs["scores"]["kl"]), 0.0) for t in complete]
-    by_length: dict[int, tuple[float, float]] = {}
+    by_rung: dict[str, tuple[float, float]] = {}
     for t in scored:
         if t.state != TrialState.PRUNED:
             continue
-        first = len(t.user_attrs["windows"]["kl"])
-        if first not in by_length:
-            by_length[first] = _scale(complete, first)
-        factor, spread = by_length[first]
+        last = max(t.user_attrs["rungs"], key=int)
+        if last not in by_rung:
+            by_rung[last] = _scale(complete, last)
+        factor, spread = by_rung[last]
         kl = factor * float(t.user_attrs["scores"]["kl"])
         out.append((t, kl, spread * kl))
     return sorted(out, key=lambda row: row[0].number)
 
 
-def _scale(complete: Sequence[FrozenTrial], first: int) -> tuple[float, float]:
-    """(factor, relative spread) from the mean of the first windows to that of all."""
+def _scale(complete: Sequence[FrozenTrial], rung: str) -> tuple[float, float]:
+    """(factor, relative spread) from the mean at a rung to that of all."""
     ratios = [
-        t.user_attrs["scores"]["kl"] / max(float(np.mean(t.user_attrs["windows"]["kl"][:first])), 1e-12)
+        t.user_attrs["scores"]["kl"] / max(float(np.mean(t.user_attrs["rungs"][rung])), 1e-12)
         for t in complete[-64:]
+        if rung in t.user_attrs["rungs"]
     ]
     if not ratios:
         return 1.0, 0.1

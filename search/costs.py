@@ -28,9 +28,13 @@ Probe = tuple[Option, int]
 
 _LEAST = 1e-7  # nats; below what float32 logits resolve
 
+# Measured costs over the gradients' (reference model, 8,192 tokens): what a change does by making later
+# routers choose other experts is in no gradient.
+_EXPERTS, _OTHERS = 1.7, 4.5
+_UNTRIED = 1.3  # a ranking that was not tried, against the one measured most
+
 _PROBED_EXPERT_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q4_K")
 _PROBED_TYPES = ("IQ1_S", "IQ3_XXS", "Q5_K", "IQ4_NL", "Q8_0")
-_PROBED_FRACTIONS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Effort:
         expert_types, other_types: Types measured one at a time; () for none.
         type_tokens: On so many tokens.
         routing_tokens: Tokens of expert counts and top-k.
+        rankings: How many rankings are tried, the last ones first; None for all.
+        fractions: Of the experts, that are kept in what is tried; the first is where rankings are.
+        top_k: Whether top-k is measured too, not only estimated.
     """
 
     slope_tokens: int
@@ -50,13 +57,22 @@ class Effort:
     other_types: tuple[str, ...]
     type_tokens: int
     routing_tokens: int
+    rankings: int | None = None
+    fractions: tuple[float, ...] = (0.5, 0.25, 0.375, 0.625, 0.75, 0.875)
+    top_k: bool = True
+
+    def estimate_tokens(self, space: Space) -> int:
+        """Tokens of forward pass that the gradients take; see `evaluators.slopes.Slopes.tokens`."""
+        options = len(routing_estimates(space, self))
+        blocks = -(-self.slope_tokens * options // space.inventory.layers)
+        return self.slope_tokens * (2 + 2 * self.slope_probes) + blocks
 
 
 FULL = Effort(2048, 4, ("IQ1_S", "IQ2_S", "IQ3_XXS"), ("IQ1_S", "Q5_K", "IQ4_NL", "Q8_0"), 1024, 2048)
 """The default."""
 
-LEAN = Effort(2048, 2, ("IQ1_S", "IQ3_XXS"), (), 512, 1024)
-"""Gradients for all but the experts, few tokens: a third of the cost."""
+LEAN = Effort(512, 1, (), (), 0, 256, rankings=1, fractions=(0.5, 0.25, 0.75), top_k=False)
+"""Gradients, and three expert counts of every layer: some 6,000 tokens on the reference model."""
 
 STREAMED = Effort(0, 0, _PROBED_EXPERT_TYPES, _PROBED_TYPES, 2048, 2048)
 """No gradients: a model larger than memory is not differentiated."""
@@ -77,10 +93,10 @@ def type_probes(space: Space, effort: Effort) -> list[Probe]:
     return out
 
 
-def _counts(space: Space) -> list[int]:
-    """Expert counts to measure, half of the experts first."""
+def _counts(space: Space, effort: Effort) -> list[int]:
+    """Expert counts to measure."""
     experts = space.inventory.experts
-    nearest = [min(space.kept_options, key=lambda n: abs(n - f * experts)) for f in (0.5, *_PROBED_FRACTIONS)]
+    nearest = [min(space.kept_options, key=lambda n: abs(n - f * experts)) for f in effort.fractions]
     return [n for n in dict.fromkeys(nearest) if n < experts]
 
 
@@ -89,16 +105,28 @@ def ranking_probes(space: Space, effort: Effort) -> list[Probe]:
     out: list[Probe] = []
     for layer in space.inventory.moe_layers:
         seen = set()
-        for kept in _counts(space)[:1]:
-            for criterion in space.criteria:
+        for kept in _counts(space, effort)[:1]:
+            for criterion in space.criteria[::-1][: effort.rankings]:
                 experts = space.experts(layer, kept, criterion)
                 if experts not in seen:
                     seen.add(experts)
                     out.append(((f"blk.{layer}.experts", (kept, criterion)), effort.routing_tokens))
-        most = space.inventory.top_k
-        fewer = [k for k in space.top_k_options if k in {most - 1, most // 2} - {most}]
-        out += [((f"blk.{layer}.top_k", k), effort.routing_tokens) for k in fewer]
+        if effort.top_k:
+            out += [((f"blk.{layer}.top_k", k), effort.routing_tokens) for k in _fewer(space)]
     return out
+
+
+def _fewer(space: Space) -> list[int]:
+    """Numbers of active experts to look at."""
+    most = space.inventory.top_k
+    return [k for k in space.top_k_options if k in {most - 1, most // 2} - {most}]
+
+
+def routing_estimates(space: Space, effort: Effort) -> list[Option]:
+    """A smaller top-k where it is not measured: gradients price well what it changes of a block's output."""
+    if effort.top_k or not effort.slope_tokens:
+        return []
+    return [(f"blk.{layer}.top_k", k) for layer in space.inventory.moe_layers for k in _fewer(space)]
 
 
 def count_probes(space: Space, effort: Effort, measured: Mapping[Probe, float]) -> list[Probe]:
@@ -109,7 +137,7 @@ def count_probes(space: Space, effort: Effort, measured: Mapping[Probe, float]) 
         at_first = [(cost, option[1][1]) for (option, _), cost in measured.items() if option[0] == decision]
         if at_first:
             _, criterion = min(at_first)
-            out += [((decision, (n, criterion)), effort.routing_tokens) for n in _counts(space)[1:]]
+            out += [((decision, (n, criterion)), effort.routing_tokens) for n in _counts(space, effort)[1:]]
     return out
 
 
@@ -130,7 +158,7 @@ class CostModel:
         space: Space,
         measured: Mapping[Option, float],
         errors: Mapping[tuple[str, str], float],
-        estimated: Mapping[tuple[str, str], float] | None = None,
+        estimated: Mapping[Option, float] | None = None,
     ) -> None:
         self.space = space
         self.index: dict[Option, int] = {}
@@ -145,7 +173,7 @@ class CostModel:
         tensor: Tensor,
         measured: Mapping[Option, float],
         errors: Mapping[tuple[str, str], float],
-        shape: Mapping[tuple[str, str], float],
+        shape: Mapping[Any, float],
     ) -> Iterable[tuple[Option, float]]:
         """Costs of every type of a tensor."""
         ladder = self.space.ladder(tensor)
@@ -155,9 +183,10 @@ class CostModel:
             if (tensor.name, t) in measured
         )
         if not known:  # rows no quantized type takes stay as they are
+            factor = _EXPERTS if tensor.per_expert else _OTHERS
             for t in ladder:
                 lossless = shape is errors or errors[tensor.name, t] == 0
-                yield (tensor.name, t), 0.0 if lossless else float(shape[tensor.name, t])
+                yield (tensor.name, t), 0.0 if lossless else factor * float(shape[tensor.name, t])
             return
         xs, ys = np.array([k[0] for k in known]), np.maximum.accumulate([k[1] for k in known])
         for t in ladder:
@@ -170,9 +199,10 @@ class CostModel:
         self,
         measured: Mapping[Option, float],
         errors: Mapping[tuple[str, str], float],
-        estimated: Mapping[tuple[str, str], float],
+        estimated: Mapping[Option, float],
     ) -> Iterable[tuple[Option, float]]:
         inventory = self.space.inventory
+        measured = {**_guesses(measured, estimated), **measured}
         for tensor in inventory.quantizable:
             guessed = all((tensor.name, t) in estimated for t in self.space.ladder(tensor))
             yield from self._types(tensor, measured, errors, estimated if guessed else errors)
@@ -211,8 +241,9 @@ class CostModel:
         # A ranking measured at few counts has the shape of the one measured at most.
         fullest = max((self._known(layer, c, by_experts) for c in space.criteria), key=len)
         shared = [n for n in known if n in fullest and fullest[n] > 0]
-        if len(fullest) > len(known) and shared:
-            ratio = float(np.exp(np.mean([np.log(max(known[n], _LEAST) / fullest[n]) for n in shared])))
+        if len(fullest) > len(known):
+            logs = [np.log(max(known[n], _LEAST) / fullest[n]) for n in shared] or [np.log(_UNTRIED)]
+            ratio = float(np.exp(np.mean(logs)))
             known = {n: ratio * cost for n, cost in fullest.items()} | known
         known[space.inventory.experts] = 0.0
         xs = sorted(known)
@@ -243,6 +274,12 @@ class CostModel:
     def predict(self, params: Mapping[str, Any]) -> float:
         """The additive prediction of KL, nats."""
         return float(self.costs[self.columns(params)].sum())
+
+
+def _guesses(measured: Mapping[Option, float], estimated: Mapping[Option, float]) -> dict[Option, float]:
+    """Estimates of decisions about top-k of which nothing was measured."""
+    known = {decision for decision, _ in measured}
+    return {o: cost for o, cost in estimated.items() if o[0].endswith(".top_k") and o[0] not in known}
 
 
 def _pairs(measured: Mapping[Option, float]) -> Iterable[tuple[tuple[str, tuple[int, str]], float]]:

@@ -27,7 +27,7 @@ from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Optio
 from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
 from search.problem import Problem, make_problem
-from search.runner import TrialRunner
+from search.runner import RUNGS, TrialRunner
 from search.sampler import make_sampler
 from search.slope_book import SlopeBook
 from search.study import finished, open_storage, open_study, recover
@@ -88,6 +88,7 @@ class Search:
             "runtime": o.runtime,
             "sampler": o.sampler,
             "seed": o.seed,
+            "rungs": " ".join(map(str, RUNGS)),
             **({"types": " ".join(o.types)} if o.types else {}),
             "texts": " ".join(text.digest for text in texts.values()),
         }
@@ -191,7 +192,7 @@ class Running:
             self.study, self.allocator, self.pool,
             Footprint(problem.carry, problem.budget),
             Throughput(problem.carry, problem.device, problem.context),
-            self.texts["search"].bytes_per_token, WINDOW, slopes=not self.setup.stream,
+            self.texts["search"], slopes=not self.setup.stream,
         )  # fmt: skip
         self._trials()
         return finish(self)

@@ -73,7 +73,9 @@ def score_on(
     out = {}
     for trial in trials:
         columns = json.loads(files[trial.number].read_text("utf-8"))
-        scores: dict[str, Any] = dict(window_scores(columns, bytes_per_token, runner.window))
+        scores: dict[str, Any] = dict(
+            window_scores(columns, bytes_per_token, len(columns["kl"]) * runner.text.windows.shape[1])
+        )
         out[trial.number] = scores | {"windows_kl": columns["kl"]}
     return out
 

@@ -111,7 +111,9 @@ def _repair(run: Running, verdict: Verdict) -> dict[int, dict[str, Any]]:
         for n, spent in zip(numbers, tokens, strict=True):
             rows = {name: next(found) for name in names}
             scores = {
-                name: dict(window_scores(rows[name], run.texts[name].bytes_per_token, run.runner.window))
+                name: window_scores(
+                    rows[name], run.texts[name].bytes_per_token, int(run.texts[name].windows.size)
+                )
                 for name in names
             }
             used = scores["selection"]["kl"] < verdict.selection[n]["kl"]

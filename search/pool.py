@@ -89,6 +89,8 @@ class RayPool:
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Workers are what the study is about: Ray would let everything else go first.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
 
         self.setup, self.size, self.kind, self._ray = setup, workers, kind, ray

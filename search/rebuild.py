@@ -10,9 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from compression.checkpoint import open_checkpoint, open_target
-from evaluators.texts import WINDOW
 from search.memory import streams
-from search.stages import SEARCH_TOKENS
 from search.study import finished, open_storage, window_scores
 from search.worker import Setup, Worker, bank_index, load_text
 from spaces.candidate import Candidate
@@ -116,8 +114,6 @@ class OpenStudy:
     def rescore(self, trial: FrozenTrial) -> dict[str, Any]:
         """Quality scores of a trial, measured again on the tokens it was measured on."""
         tokens = int(trial.user_attrs["scores"]["tokens"])
-        columns = self.worker.score([self.candidate(trial).to_json()], "search", min(tokens, SEARCH_TOKENS))[
-            0
-        ]
+        columns, *_ = self.worker.score([self.candidate(trial).to_json()], "search", tokens)
         text = load_text("search", self.worker.cache)
-        return window_scores(columns, text.bytes_per_token, WINDOW)
+        return window_scores(columns, text.bytes_per_token, int(text.spread(tokens).windows.size))

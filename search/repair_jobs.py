@@ -47,13 +47,13 @@ class RepairJobs:
         from evaluators.tuning import Recipe, Tuner
 
         chosen, recipe = Candidate.from_json(candidate), Recipe()
-        text = self._text("repair", 10**9)
+        text, calibration = self._text("repair", 10**9), self._text("calibration", 10**9)
         file = self.cache / "repairs" / f"{chosen.key}.safetensors"
         if not file.exists():
-            calibration = self._text("calibration", 10**9)
             start = requantized(self.model, chosen, calibration.windows)
             Tuner(self.model, chosen, recipe).run(text, start=start).save(file)
-        return 3 * recipe.steps * recipe.windows * int(text.windows.shape[1])
+        # The inputs of every tensor are looked at in one pass, the re-fit takes the rest.
+        return int(calibration.windows.size) + 3 * recipe.steps * recipe.windows * int(text.windows.shape[1])
 
     def score_repaired(self, candidate: str, name: str, tokens: int) -> dict[str, list[float]]:
         """As `score`, of a candidate with its repairs."""

@@ -1,8 +1,9 @@
 """Fills a study with trials: asked in rounds, scored together, stopped early by paired comparison.
 
-A round climbs the rungs of nested token subsets (successive halving with a test
-in place of a quota): a trial goes on while no other that is as small and as fast is
-clearly better on the very same windows. Now and then the slopes at the incumbents
+A round climbs rungs of more and more tokens (successive halving with a test in place
+of a quota): a trial goes on while no other that is as small and as fast is better on
+the very same tokens, at the first rung, or clearly better, at the later ones. The first
+rung is a few tokens of many windows, and its trials are many. Now and then the slopes at the incumbents
 are measured, which tell the sampler what every type would change there.
 """
 
@@ -20,6 +21,7 @@ from scipy.stats import spearmanr
 
 from evaluators.base import Scores
 from evaluators.footprint import Footprint
+from evaluators.texts import TextSet
 from evaluators.throughput import Throughput
 from search.allocator import Allocator
 from search.pool import Job, Pool
@@ -29,14 +31,14 @@ from search.study import finished, window_scores
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 
-RUNGS = (SEARCH_TOKENS // 16, SEARCH_TOKENS // 4, SEARCH_TOKENS)
-"""Tokens of the fidelities; each holds the one before it."""
+RUNGS = (512, 4608, SEARCH_TOKENS)
+"""Tokens of the fidelities; each holds the one before it (see `TextSet.spread`)."""
 
 ROUND = 8
 """Trials asked, scored and told together: fixed, so that the number of workers changes no result."""
 
-SLOPE_TOKENS, SLOPE_PROBES = 2048, 3
-_CLEARLY = 1.5  # standard errors of a paired difference
+SLOPE_TOKENS, SLOPE_PROBES = 1152, 2
+_CLEARLY = 1.5  # standard errors of a paired difference, from the second rung on
 _AT_LEAST = 0.005  # of the better one's KL
 _BETTER = 0.95  # of the KL where slopes were last measured: measure them anew
 _RECENT = 64  # trials that the rank correlation of the predictor is taken over
@@ -54,7 +56,7 @@ class _Entry:
     static: dict[str, Any]
     predicted: float
     columns: Columns
-    tokens: int = 0
+    rungs: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def baseline(self) -> bool:
@@ -63,9 +65,9 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Rival:
-    """What a trial is measured against."""
+    """What a trial is measured against: KL of every window at every rung, by tokens."""
 
-    windows: np.ndarray
+    rungs: dict[str, list[float]]
     static: dict[str, Any]
     portable: bool
 
@@ -78,8 +80,7 @@ class TrialRunner:
         study: Where trials are asked and told.
         allocator: Space, carry and limit.
         footprint, throughput: The measures that need no tokens.
-        bytes_per_token: Of the search text.
-        window: Tokens per window.
+        text: All of the search text.
         on_trial: Called with every trial that was told.
         rungs: Tokens of every fidelity, ascending.
         round: Trials of a round.
@@ -93,8 +94,7 @@ class TrialRunner:
     pool: Pool
     footprint: Footprint
     throughput: Throughput
-    bytes_per_token: float
-    window: int
+    text: TextSet
     on_trial: Callable[[FrozenTrial], None] = lambda trial: None
     rungs: tuple[int, ...] = RUNGS
     round: int = ROUND
@@ -102,12 +102,12 @@ class TrialRunner:
     spent: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     scoring: float = field(default=0.0, init=False)
-    _sloped: dict[str, float] = field(default_factory=dict, init=False)
 
     def run(self, total: int) -> None:
         """Asks until the study has `total` finished trials."""
         begun = time.perf_counter()
         while (missing := total - len(finished(self.study))) > 0:
+            self.measure_slopes()
             self.step(min(self.round, missing))
         self.seconds += time.perf_counter() - begun
 
@@ -120,7 +120,6 @@ class TrialRunner:
 
     def step(self, count: int) -> None:
         """One round of `count` trials."""
-        self._measure_slopes()
         space, sampler = self.allocator.space, self.study.sampler
         trials = [self.study.ask(space.distributions) for _ in range(count)]
         done = self.study.get_trials(deepcopy=False)
@@ -135,31 +134,28 @@ class TrialRunner:
             entries.append(_Entry(trial, candidate, static, predicted, {}))
         self._climb(entries)
         for entry in entries:
-            self._tell(entry, complete=entry.tokens == self.rungs[-1])
+            self._tell(entry)
 
     def _climb(self, entries: Sequence[_Entry]) -> None:
         """Scores a round, rung by rung."""
-        complete = self._rivals()
-        alive, first = list(entries), 0
-        for tokens in self.rungs:
-            texts = [e.candidate.to_json() for e in alive]
-            for entry, more in zip(alive, self._score(texts, tokens, first), strict=True):
-                if not np.isfinite(more["kl"]).all():
+        complete, alive = self._rivals(), list(entries)
+        for i, tokens in enumerate(self.rungs):
+            for entry, columns in zip(alive, self._score(alive, tokens), strict=True):
+                if not np.isfinite(columns["kl"]).all():
                     raise UserError(
                         f"candidate {entry.candidate.key}: its KL is not a number; "
                         "are the model's weights sound?"
                     )
-                entry.columns = {n: [*entry.columns.get(n, []), *values] for n, values in more.items()}
-                entry.tokens = tokens
-                self.spent += len(more["kl"]) * self.window
-            mates = [_Rival(np.array(e.columns["kl"]), e.static, e.candidate.portable) for e in alive]
+                entry.columns, entry.rungs[str(tokens)] = columns, columns["kl"]
+            mates = [_Rival(e.rungs, e.static, e.candidate.portable) for e in alive]
+            margin = _CLEARLY if i else 0.0
             alive = [
                 e for i, e in enumerate(alive)
                 if e.baseline or not any(
-                    self._beats(rival, mates[i]) for rival in [*complete, *mates[:i], *mates[i + 1 :]]
+                    self._beats(rival, mates[i], str(tokens), margin)
+                    for rival in [*complete, *mates[:i], *mates[i + 1 :]]
                 )
             ]  # fmt: skip
-            first = tokens
 
     def _rivals(self) -> list[_Rival]:
         """Complete trials; a trial is measured against its own form only, as each form has a winner."""
@@ -167,46 +163,68 @@ class TrialRunner:
         for t in finished(self.study):
             if t.state == TrialState.COMPLETE:
                 portable = self.allocator.space.candidate(t.params).portable
-                out.append(_Rival(np.array(t.user_attrs["windows"]["kl"]), t.user_attrs["scores"], portable))
+                out.append(_Rival(t.user_attrs["rungs"], t.user_attrs["scores"], portable))
         return out
 
-    def _beats(self, rival: _Rival, own: _Rival) -> bool:
-        """Whether a rival is as small and fast, and clearly better on the same windows."""
+    def _beats(self, rival: _Rival, own: _Rival, tokens: str, margin: float) -> bool:
+        """Whether a rival is as small and fast, and better on the same tokens.
+
+        Args:
+            rival, own: Both were scored at the rung.
+            tokens: The rung.
+            margin: By how many standard errors of the paired difference it has to be better.
+        """
         if rival.portable != own.portable and len(self.allocator.space.forms) > 1:
             return False
         if rival.static["target_bytes"] > 1.005 * own.static["target_bytes"]:
             return False
         if rival.static["tokens_per_second"] < 0.995 * own.static["tokens_per_second"]:
             return False
-        count = min(len(own.windows), len(rival.windows))
-        theirs, difference = rival.windows[:count], own.windows[:count] - rival.windows[:count]
-        error = float(difference.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0
-        return float(difference.mean()) > _CLEARLY * error + _AT_LEAST * float(theirs.mean())
+        theirs, mine = np.array(rival.rungs[tokens]), np.array(own.rungs[tokens])
+        difference = mine - theirs
+        error = float(difference.std(ddof=1) / np.sqrt(len(mine))) if len(mine) > 1 else 0.0
+        least = _AT_LEAST * float(theirs.mean()) if margin else 0.0
+        return float(difference.mean()) > margin * error + least
 
-    def _score(self, candidates: Sequence[str], tokens: int, first: int = 0) -> list[Columns]:
+    def _score(self, entries: Sequence[_Entry], tokens: int) -> list[Columns]:
         """Scores candidates together, each worker its share of neighbours."""
+        before = [rung for rung in self.rungs if rung < tokens and self._tokens(rung) == self._tokens(tokens)]
+        if before:  # a short text
+            return [e.columns for e in entries]
+        candidates = [e.candidate.to_json() for e in entries]
         share = max(1, -(-len(candidates) // max(1, self.pool.size)))
         chunks = [candidates[i : i + share] for i in range(0, len(candidates), share)]
-        found = self._evaluate([("score", (chunk, "search", tokens, first)) for chunk in chunks])
+        found = self._evaluate([("score", (chunk, "search", tokens)) for chunk in chunks])
+        self.spent += len(entries) * self._tokens(tokens)
         return [columns for chunk in found for columns in chunk]
 
-    def _measure_slopes(self) -> None:
-        """Measures the slopes at incumbents that are better than where they were last measured."""
+    def _tokens(self, rung: int) -> int:
+        """Tokens that a rung really has."""
+        return int(self.text.spread(rung).windows.size)
+
+    def measure_slopes(self, allowance: int | None = None) -> None:
+        """Measures the slopes at incumbents that are better than where they were last measured.
+
+        Args:
+            allowance: Tokens that may be spent on it; None: no matter how many.
+        """
         sampler = self.study.sampler
         if not self.slopes or not isinstance(sampler, KnapsackSampler):
             return
         seen = sampler.seen(self.study.get_trials(deepcopy=False))
-        wanted = []
+        wanted: dict[str, Candidate] = {}
         for form in self.allocator.space.forms:
             best = sampler.incumbent(seen, form)
-            if best is None or best.damage > _BETTER * self._sloped.get(form, float("inf")):
+            if best is None or best.damage > _BETTER * sampler.last_sloped(seen, form):
                 continue
-            self._sloped[form] = best.damage
-            if sampler.slopes.get(best.key) is None:
-                trial = next(t for t in finished(self.study) if t.number == best.number)
-                wanted.append((best.key, self.allocator.space.candidate(trial.params)))
-        jobs: list[Job] = [("slopes", (c.to_json(), SLOPE_TOKENS, SLOPE_PROBES)) for _, c in wanted]
-        for (key, _), (tokens, rows) in zip(wanted, self._evaluate(jobs), strict=True):
+            if sampler.slopes.get(best.key) is not None:
+                continue
+            trial = next(t for t in finished(self.study) if t.number == best.number)
+            wanted[best.key] = self.allocator.space.candidate(trial.params)
+        if allowance is not None and len(wanted) * SLOPE_TOKENS * (4 + 2 * SLOPE_PROBES) > allowance:
+            return
+        jobs: list[Job] = [("slopes", (c.to_json(), SLOPE_TOKENS, SLOPE_PROBES)) for c in wanted.values()]
+        for key, (tokens, rows) in zip(wanted, self._evaluate(jobs), strict=True):
             self.spent += tokens
             sampler.slopes.put(key, {(name, kind): (first, second) for name, kind, first, second in rows})
 
@@ -219,15 +237,18 @@ class TrialRunner:
         ][-_RECENT:]
         return float(spearmanr(*zip(*rows, strict=True))[0]) if len(rows) > 4 else None
 
-    def _tell(self, entry: _Entry, *, complete: bool) -> None:
-        trial, scores = entry.trial, window_scores(entry.columns, self.bytes_per_token, self.window)
-        scores = Scores(**scores, **entry.static).to_dict()
+    def _tell(self, entry: _Entry) -> None:
+        trial, rung = entry.trial, self.rungs[len(entry.rungs) - 1]
+        quality = window_scores(entry.columns, self.text.bytes_per_token, self._tokens(rung))
+        scores = Scores(**quality, **entry.static).to_dict()
         trial.set_user_attr("candidate", entry.candidate.key)
         trial.set_user_attr("predicted_kl", entry.predicted)
         trial.set_user_attr("additive_kl", self.allocator.model.predict(trial.params))
         trial.set_user_attr("windows", {n: [round(v, 7) for v in c] for n, c in entry.columns.items()})
+        trial.set_user_attr("rungs", entry.rungs)
         trial.set_user_attr("scores", scores)
         trial.set_constraint("bytes over budget", scores["target_bytes"] / self.allocator.limit - 1)
         values = [scores["kl"], scores["target_bytes"], scores["tokens_per_second"]]
+        complete = rung == self.rungs[-1]
         outcome = {"values": values} if complete else {"state": TrialState.PRUNED}
         self.on_trial(self.study.tell(trial, **outcome))

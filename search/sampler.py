@@ -30,7 +30,7 @@ from spaces.errors import unknown
 from spaces.space import PORTABLE
 
 _RESAMPLES = 8
-_LOCAL, _ANYWHERE = 0.55, 0.85  # cumulative shares of the arms; the rest goes to the front
+ARMS = (0.55, 0.30, 0.15)  # shares of near the incumbent, anywhere and the front
 _CALM = 0.5  # temperature near the incumbent, and of half of the draws elsewhere
 _PENALTIES = (2e-5, 3e-2)  # of the incumbent's damage, per change: least and most
 _HALVINGS = 4
@@ -45,9 +45,17 @@ class KnapsackSampler(BaseSampler):
         allocator: Solves the budget for given costs.
         seed: Of the draws; with the trial's number it decides each of them.
         slopes: Slopes measured at incumbents.
+        arms: Shares of the arms; they sum up to 1.
     """
 
-    def __init__(self, allocator: Allocator, seed: int = 0, slopes: SlopeBook | None = None) -> None:
+    def __init__(
+        self,
+        allocator: Allocator,
+        seed: int = 0,
+        slopes: SlopeBook | None = None,
+        arms: tuple[float, float, float] = ARMS,
+    ) -> None:
+        self.arms = arms
         self.allocator, self.seed = allocator, seed
         self.space = allocator.space
         self.slopes = slopes or SlopeBook()
@@ -79,9 +87,16 @@ class KnapsackSampler(BaseSampler):
 
     def incumbent(self, seen: Sequence[Seen], form: str) -> Seen | None:
         """The lowest KL of a form among complete trials."""
+        return min(self._complete(seen, form), key=lambda s: (s.damage, s.number), default=None)
+
+    def last_sloped(self, seen: Sequence[Seen], form: str) -> float:
+        """KL of the best config of a form that slopes were measured at; infinite where there is none."""
+        known = [s.damage for s in self._complete(seen, form) if self.slopes.get(s.key) is not None]
+        return min(known, default=float("inf"))
+
+    def _complete(self, seen: Sequence[Seen], form: str) -> list[Seen]:
         one = len(self.space.forms) == 1
-        own = [s for s in seen if s.complete and (one or s.portable == (form == PORTABLE))]
-        return min(own, key=lambda s: (s.damage, s.number), default=None)
+        return [s for s in seen if s.complete and (one or s.portable == (form == PORTABLE))]
 
     def belief(self, seen: Sequence[Seen], near: Seen | None) -> Belief:
         """What the study believes, holding near a trial."""
@@ -117,10 +132,10 @@ class KnapsackSampler(BaseSampler):
         self, belief: Belief, near: Seen | None, form: str, arm: float, wider: float, rng: np.random.Generator
     ) -> dict[str, Any]:
         """One draw of the arm that `arm` (in 0..1) falls on."""
-        if arm < _LOCAL and near is not None:
+        if arm < self.arms[0] and near is not None:
             return self._near(belief, near, form, rng, _CALM * wider)
         costs = belief.draw(rng, wider * (_CALM if rng.random() < 0.5 else 1.0))
-        if arm < _ANYWHERE or near is None:
+        if arm < 1 - self.arms[2] or near is None:
             return self._fit(costs, form, self._cheapest_top_k(costs, form))
         share = float(rng.uniform(_SMALLEST_SHARE, 1.0))
         return self._fit(costs, form, self._top_k(rng), share)

@@ -23,6 +23,7 @@ from search.costs import (
     Probe,
     count_probes,
     ranking_probes,
+    routing_estimates,
     type_probes,
 )
 from search.pool import Job, Pool
@@ -35,6 +36,9 @@ REPORT_TOKENS = 24576
 CALIBRATION_TOKENS = 16384
 REPAIR_TOKENS = 98304
 _TOGETHER = 16  # options measured in one job
+
+Estimate = tuple[Option, int, int]
+"""An option, and the tokens and draws of labels of the gradients."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) of a stage."""
@@ -141,20 +145,20 @@ class CostFile:
 
     file: Path
 
-    def read(self) -> tuple[dict[Probe, float], dict[tuple[str, str], float]]:
-        """Measured (option, tokens) and estimated (tensor, type) costs."""
+    def read(self) -> tuple[dict[Probe, float], dict[Estimate, float]]:
+        """Measured (option, tokens) and estimated (option, tokens, probes) costs."""
         measured: dict[Probe, float] = {}
-        estimated: dict[tuple[str, str], float] = {}
+        estimated: dict[Estimate, float] = {}
         if self.file.exists():
             for line in self.file.read_text("utf-8").splitlines():
                 try:
-                    decision, choice, tokens, cost = json.loads(line)
+                    decision, choice, tokens, cost, *probes = json.loads(line)
                 except (ValueError, TypeError):
                     continue
-                if tokens == 0:
-                    estimated[decision, choice] = cost
+                option = (decision, tuple(choice) if isinstance(choice, list) else choice)
+                if probes:
+                    estimated[option, tokens, probes[0]] = cost
                 else:
-                    option = (decision, tuple(choice) if isinstance(choice, list) else choice)
                     measured[option, tokens] = cost
         return measured, estimated
 
@@ -164,8 +168,8 @@ class CostFile:
         stream.seek(-1, os.SEEK_END)
         return stream.read(1) == b"\n"
 
-    def append(self, rows: Iterable[tuple[str, Any, int, float]]) -> None:
-        """Adds (decision, choice, tokens, cost) rows; 0 tokens for an estimate."""
+    def append(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Adds (decision, choice, tokens, cost) rows; estimates have their draws of labels as a fifth."""
         with self.file.open("a+b") as stream:
             # A line that a crash cut short must not swallow the next one.
             if stream.tell() and not self._whole(stream):
@@ -182,29 +186,34 @@ def measure_costs(
     progress: Progress,
     effort: Effort = STREAMED,
 ) -> tuple[CostModel, int]:
-    """Estimates every type by gradients and measures the probed options one at a time.
+    """Estimates types and top-k by gradients and measures the probed options one at a time.
 
     Returns:
         The cost model, and the tokens of forward pass it took in all (now or earlier).
     """
-    file = CostFile(cache / "costs.jsonl")
-    measured, estimated = file.read()
+    file = CostFile(cache / "option_costs.jsonl")
+    measured, known = file.read()
     spent = 0
+    estimated: dict[Option, float] = {}
     if effort.slope_tokens:
-        every = {(t.name, kind) for t in space.inventory.quantizable for kind in space.ladder(t)}
-        if not every <= estimated.keys():
-            (_, rows), *_ = pool.run([("slopes", (None, effort.slope_tokens, effort.slope_probes))])
-            file.append((name, kind, 0, second) for name, kind, _, second in rows)
-            _, estimated = file.read()
-        spent += effort.slope_tokens * (4 + 2 * effort.slope_probes)
+        at = effort.slope_tokens, effort.slope_probes
+        routing = routing_estimates(space, effort)
+        types = {(t.name, kind) for t in space.inventory.quantizable for kind in space.ladder(t)}
+        wanted = types | {*routing}
+        if not {(option, *at) for option in wanted} <= known.keys():
+            (_, rows), *_ = pool.run([("slopes", (None, *at, 0, routing))])
+            file.append((name, choice, at[0], second, at[1]) for name, choice, _, second in rows)
+            _, known = file.read()
+        estimated = {option: known[option, *at] for option in wanted}
+        spent = effort.estimate_tokens(space)
     first = [*ranking_probes(space, effort), *type_probes(space, effort)]
     _measure(pool, file, first, measured, progress)
     counts = count_probes(space, effort, {p: measured[p] for p in first})
     _measure(pool, file, counts, measured, progress)
-    wanted = [*first, *counts]
-    known = {option: measured[option, tokens] for option, tokens in wanted}
-    spent += sum(tokens for _, tokens in wanted)
-    return CostModel(space, known, errors, estimated if effort.slope_tokens else {}), spent
+    probes = [*first, *counts]
+    spent += sum(tokens for _, tokens in probes)
+    found = {option: measured[option, tokens] for option, tokens in probes}
+    return CostModel(space, found, errors, estimated), spent
 
 
 def _measure(

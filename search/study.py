@@ -92,8 +92,8 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False, states=states) if "scores" in t.user_attrs]
 
 
-def window_scores(columns: dict[str, list[float]], bytes_per_token: float, length: int) -> dict[str, Any]:
-    """The quality fields of `Scores` from per-window measures."""
+def window_scores(columns: dict[str, list[float]], bytes_per_token: float, tokens: int) -> dict[str, Any]:
+    """The quality fields of `Scores` from per-window measures on so many tokens."""
     kl, nll = np.array(columns["kl"]), np.array(columns["nll"])
     return {
         "kl": float(kl.mean()),
@@ -101,5 +101,5 @@ def window_scores(columns: dict[str, list[float]], bytes_per_token: float, lengt
         "perplexity": float(np.exp(min(nll.mean(), 700.0))),
         "bits_per_byte": float(nll.mean() / math.log(2) / bytes_per_token),
         "top1": float(np.mean(columns["top1"])),
-        "tokens": int(len(kl) * length),
+        "tokens": tokens,
     }

@@ -164,6 +164,12 @@ class Worker(RepairJobs):
         states: np.ndarray = np.load(self.cache / f"base-{name}.npy", mmap_mode="r")
         return states
 
+    def _spread(self, name: str, tokens: int) -> tuple[TextSet, np.ndarray]:
+        """A few tokens of every kind of a text, and their base states."""
+        text = self._text(name, 10**9).spread(tokens)
+        # What is attended to lies before a token, so that the start of a window has the same states alone.
+        return text, self._states(name)[:, : text.windows.shape[1]]
+
     def calibrate(self) -> int:
         """Writes calibration.npz; returns the tokens it took."""
         from compression.calibrate import calibrate
@@ -236,39 +242,40 @@ class Worker(RepairJobs):
         from evaluators.sensitivity import alone
 
         settings = [alone(self.settings, self.space, decision, choice) for decision, choice in options]
-        measured = self.population.measure(settings, self._text("search", tokens), self._states("search"))
+        text, states = self._spread("search", tokens)
+        measured = self.population.measure(settings, text, states)
         return [d.mean_kl for d in measured]
 
     def slopes(
-        self, candidate: str | None, tokens: int, probes: int, seed: int = 0
-    ) -> tuple[int, list[tuple[str, str, float, float]]]:
-        """Tokens spent, and (tensor, type, first, second) of every type at a candidate (None: uncompressed).
+        self,
+        candidate: str | None,
+        tokens: int,
+        probes: int,
+        seed: int = 0,
+        routing: Sequence[tuple[str, Any]] = (),
+    ) -> tuple[int, list[tuple[str, Any, float, float]]]:
+        """Tokens spent, and (decision, choice, first, second) at a candidate (None: uncompressed).
 
-        See `evaluators.slopes`.
+        Every type of every tensor, and the options of `routing`; see `evaluators.slopes`.
         """
         from evaluators.slopes import Slopes
         from spaces.candidate import Candidate
 
-        slopes, text = Slopes(self.model, self.space), self._text("search", tokens)
+        slopes, (text, states) = Slopes(self.model, self.space), self._spread("search", tokens)
         setting = self.settings.base
         if candidate is not None:
             setting = self.settings.of(Candidate.from_json(candidate))
-        found = slopes.at(setting, text, self._states("search"), probes, seed)
-        return slopes.tokens(text, probes), [(n, t, s.first, s.second) for (n, t), s in found.items()]
+        found = slopes.at(setting, text, states, probes, seed, routing)
+        spent = slopes.tokens(text, probes, len(routing), candidate is None)
+        return spent, [(decision, choice, s.first, s.second) for (decision, choice), s in found.items()]
 
-    def score(
-        self, candidates: Sequence[str], name: str, tokens: int, first: int = 0
-    ) -> list[dict[str, list[float]]]:
-        """Per-window kl, nll and top1 of candidates on windows from token `first` to `tokens` of a text."""
+    def score(self, candidates: Sequence[str], name: str, tokens: int) -> list[dict[str, list[float]]]:
+        """Per-window kl, nll and top1 of candidates on about `tokens` tokens of a text, spread over it."""
         from spaces.candidate import Candidate
 
-        text = self._text(name, tokens)
-        skip = -(-first // text.windows.shape[1])
-        rest = TextSet(name, text.windows[skip:], text.sources[skip:], text.bytes_per_token)
-        if not len(rest.windows):
-            return [{"kl": [], "nll": [], "top1": []} for _ in candidates]
+        text, states = self._spread(name, tokens)
         settings = [self.settings.of(Candidate.from_json(c)) for c in candidates]
-        found = self.population.measure(settings, rest, self._states(name)[skip:])
+        found = self.population.measure(settings, text, states)
         return [{"kl": d.kl.tolist(), "nll": d.nll.tolist(), "top1": d.top1.tolist()} for d in found]
 
     def tasks(self, candidate: str | None, repaired: bool = False) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluators.sensitivity import alone
+from evaluators.slopes import Option as Priced
 from evaluators.slopes import Slope, Slopes
 from evaluators.texts import WINDOW, TextSet
 from search.allocator import Allocator
@@ -164,11 +165,11 @@ class Lab:
 
     def slopes(
         self, candidate: Candidate | None, windows: Sequence[int], probes: int = 0, seed: int = 0
-    ) -> Mapping[tuple[str, str], Slope]:
+    ) -> Mapping[Priced, Slope]:
         """What each type of each tensor would change at a candidate (None: uncompressed), by gradients."""
         text, states = self._some(windows)
         slopes = Slopes(self.worker.model, self.space)
-        self.spent += slopes.tokens(text, probes)
+        self.spent += slopes.tokens(text, probes, base=candidate is None)
         setting = self.worker.settings.base if candidate is None else self.worker.settings.of(candidate)
         return slopes.at(setting, text, states, probes, seed)
 

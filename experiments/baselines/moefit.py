@@ -1,8 +1,8 @@
 """This project's own search on a lab's account of tokens: the engine of `search.run`, levers at will.
 
 It differs from a study of `search.run` in what the lab is about: the budget is the
-searched model's own, the highest rung is 4,096 tokens as for every other method,
-and costs are measured with the lean effort. Costs depend on neither budget nor
+searched model's own, the highest rung is 4,608 tokens, costs are measured with the
+lean effort, and no trial goes to smaller or faster configs. Costs depend on neither budget nor
 seed, so a folder keeps them between runs; every run is charged for them.
 """
 
@@ -37,7 +37,8 @@ from spaces.devices import device
 from spaces.quant_types import LADDER
 from spaces.space import PORTABLE, RAGGED, Space
 
-RUNGS = (1024, 4096)
+RUNGS = (512, 4608)
+ARMS = (0.65, 0.35, 0.0)
 _DEVICE = "ryzen-ai-max-395"
 
 
@@ -103,29 +104,32 @@ def _costs(lab: Lab, space: Space) -> CostModel:
 
 
 def laboratory(lab: Lab, space: Space | None = None) -> tuple[optuna.Study, TrialRunner]:
-    """A study with its start enqueued, and what runs its trials; costs are measured and paid for here.
+    """A study with its starts enqueued, and what runs its trials; costs are measured and paid for here.
+
+    The cost model's optimum is offered before any trial.
 
     Raises:
         Unreachable: Nothing of the space fits.
     """
     space = space or _space(lab)
-    model = _costs(lab, space)
+    model, form = _costs(lab, space), space.forms[0]
     allocator = Allocator(space, model, Carry(lab.inventory, lab.inventory), lab.limit)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = open_study("lab", optuna.storages.InMemoryStorage(), {})
-    study.sampler = KnapsackSampler(allocator, lab.seed)
-    form = space.forms[0]
     try:
-        study.enqueue_trial(allocator.best(model.costs, form), user_attrs={"baseline": form})
+        start = allocator.best(model.costs, form)
     except InfeasibleError as error:
         raise Unreachable(f"nothing of this space fits {lab.limit:,} bytes") from error
+    lab.offer(space.candidate(start))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = open_study("lab", optuna.storages.InMemoryStorage(), {})
+    study.sampler = KnapsackSampler(allocator, lab.seed, arms=ARMS)
+    study.enqueue_trial(start, user_attrs={"baseline": form})
     whole = unpruned(allocator)
-    if whole is not None:
+    if whole is not None and whole != start:
         study.enqueue_trial(whole, user_attrs={"baseline": "unpruned"})
     budget = Budget(lab.limit, 10**15, WINDOW, 0, 0, 0)
     runner = TrialRunner(
         study, allocator, _Pool(lab.worker), Footprint(allocator.carry, budget),
-        Throughput(allocator.carry, device(_DEVICE), WINDOW), lab.text.bytes_per_token, WINDOW,
+        Throughput(allocator.carry, device(_DEVICE), WINDOW), lab.text,
         rungs=RUNGS, slopes=True,
     )  # fmt: skip
     return study, runner
@@ -135,17 +139,17 @@ def _search(lab: Lab, space: Space) -> None:
     """Rounds of trials until the tokens are spent."""
     study, runner = laboratory(lab, space)
     count = len(study.get_trials(deepcopy=False))
-    # A round takes at most this much; slopes are paid for within it.
-    while lab.left > count * RUNGS[-1]:
+    while count and lab.left >= count * sum(RUNGS):
         before = runner.spent
         runner.step(count)
+        runner.measure_slopes(lab.left - (runner.spent - before) - ROUND * RUNGS[-1])
         lab.spent += runner.spent - before
         best = min(
             (t for t in finished(study) if t.state == TrialState.COMPLETE),
             key=lambda t: (t.user_attrs["scores"]["kl"], t.number),
         )
         lab.offer(space.candidate(best.params))
-        count = min(ROUND, max(1, lab.left // RUNGS[-1] - 1))
+        count = min(ROUND, lab.left // sum(RUNGS))
 
 
 def _all(lab: Lab) -> None:

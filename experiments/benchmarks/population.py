@@ -22,7 +22,7 @@ from evaluators.population import Population
 from evaluators.sensitivity import alone
 from experiments.baselines.lab import Lab, prepare
 from experiments.baselines.moefit import laboratory
-from search.costs import LEAN, ranking_probes, type_probes
+from search.costs import FULL, ranking_probes, type_probes
 from search.worker import Worker
 
 ROUNDS = (1, 4, 16, 64)
@@ -64,7 +64,7 @@ def main() -> None:
     asked = [study.ask(runner.allocator.space.distributions) for _ in range(max(ROUNDS))]
     proposals = [worker.settings.of(runner.allocator.space.candidate(t.params)) for t in asked]
     rows = {f"round of {n}": compare(worker, proposals[:n], TOKENS) for n in ROUNDS}
-    probes = [o for o, _ in [*ranking_probes(lab.space, LEAN), *type_probes(lab.space, LEAN)]]
+    probes = [o for o, _ in [*ranking_probes(lab.space, FULL), *type_probes(lab.space, FULL)]]
     options = [alone(worker.settings, lab.space, *o) for o in probes]
     rows["one-at-a-time costs"] = compare(worker, options, TOKENS)
     for name, row in rows.items():

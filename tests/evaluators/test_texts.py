@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compression.checkpoint import load_tokenizer
 from evaluators.texts import WINDOW, TextSet, make_windows, read_documents, split_documents
+from search.runner import RUNGS
 from tests.compression.support import refused
 from tests.conftest import REFERENCE
 
@@ -113,6 +117,54 @@ def test_windows_stop_when_they_hold_enough(tokenizer: Any, tokens: int, count: 
     assert some.sources == everything.sources[:count]
     assert np.array_equal(everything.head(tokens).windows, some.windows)
     assert everything.head(tokens).sources == some.sources
+
+
+def mixed(windows: int, kinds: int, length: int = WINDOW) -> TextSet:
+    """Windows of so many sources in turn, every token another."""
+    tokens = np.arange(windows * length, dtype=np.int32).reshape(windows, length)
+    return TextSet("search", tokens, tuple(str(i % kinds) for i in range(windows)), 3.0)
+
+
+TEXTS = st.builds(mixed, st.integers(1, 96), st.integers(1, 40))
+
+
+@given(TEXTS, st.integers(1, 30_000))
+def test_a_few_tokens_are_spread_over_every_source(text: TextSet, tokens: int) -> None:
+    some = text.spread(tokens)
+    count, length = some.windows.shape
+    assert set(some.sources) == set(text.sources)
+    assert np.array_equal(some.windows, text.windows[:count, :length])
+    assert some.sources == text.sources[:count]
+    assert (some.name, some.bytes_per_token) == (text.name, text.bytes_per_token)
+    assert 2 <= length <= WINDOW
+    # No more than asked for, but for the start of every source and whole windows.
+    assert some.windows.size <= max(tokens, 2 * count) or (length == WINDOW and tokens > (count - 1) * WINDOW)
+
+
+@given(TEXTS, st.integers(0, 10_000))
+def test_a_text_is_whole_from_some_size_on(text: TextSet, more: int) -> None:
+    whole = text.spread(text.windows.size + more)
+    assert np.array_equal(whole.windows, text.windows)
+    assert whole.sources == text.sources
+
+
+@given(TEXTS)
+def test_what_a_trial_sees_holds_what_it_saw_before_and_is_found_by_its_size(text: TextSet) -> None:
+    seen = [text.spread(tokens).windows for tokens in RUNGS]
+    for smaller, larger in itertools.pairwise(seen):
+        assert smaller.shape <= larger.shape
+        count, length = smaller.shape
+        assert np.array_equal(larger[:count, :length], smaller)
+    for windows in seen:
+        assert np.array_equal(text.spread(windows.size).windows, windows)
+
+
+def test_the_shipped_text_is_as_long_as_the_rungs_say(tokenizer: Any) -> None:
+    documents = read_documents(REFERENCE / "texts" / "search.jsonl", "--text")
+    text = make_windows("search", documents, tokenizer, RUNGS[-1])
+    sizes = [text.spread(tokens).windows.size for tokens in RUNGS]
+    assert sizes == pytest.approx(list(RUNGS), rel=0.02)
+    assert all(set(text.spread(tokens).sources) == {source for source, _ in documents} for tokens in RUNGS)
 
 
 def test_documents_are_parted_by_the_end_token_and_kept_in_order(tokenizer: Any) -> None:

@@ -40,8 +40,8 @@ def probed(space: Space, price: Callable[[Option], float], effort: Effort = STRE
     return {option: cost for (option, _), cost in found.items()}
 
 
-def measured(space: Space, seed: int = 0, effort: Effort = STREAMED) -> dict[Option, float]:
-    """The cost of every option that is measured: what tensors and layers weigh is random."""
+def pricing(space: Space, seed: int = 0) -> Callable[[Option], float]:
+    """The cost of an option: what tensors and layers weigh is random."""
     rng = np.random.default_rng(seed)
     weights = {t.name: float(rng.lognormal()) for t in space.inventory.quantizable}
     layers = {layer: float(rng.lognormal()) for layer in space.inventory.moe_layers}
@@ -59,7 +59,12 @@ def measured(space: Space, seed: int = 0, effort: Effort = STREAMED) -> dict[Opt
             return float(0.05 * (1 - choice / space.inventory.top_k))
         return weights[decision] * damage[decision, choice]
 
-    return probed(space, price, effort)
+    return price
+
+
+def measured(space: Space, seed: int = 0, effort: Effort = STREAMED) -> dict[Option, float]:
+    """The cost of every option that is measured."""
+    return probed(space, pricing(space, seed), effort)
 
 
 def cost_model(space: Space, seed: int = 0) -> CostModel:
@@ -151,6 +156,6 @@ class Game:
         kl = self.true_kl(trial.params) * (1 + self.noise * float(self.rng.standard_normal()))
         size = target_bytes(self.allocator, trial.params)
         trial.set_user_attr("scores", {"kl": kl, "kl_se": self.noise * abs(kl)})
-        trial.set_user_attr("windows", {"kl": [kl] * 4})
+        trial.set_user_attr("rungs", {"1024": [kl] * 4})
         trial.set_constraint("bytes over budget", size / self.allocator.limit - 1)
         self.study.tell(trial, [kl, size, 1e12 / size])

@@ -242,8 +242,12 @@ def test_of_many_trials_the_best_and_the_newest_are_learned_from() -> None:
         assert (found == expected) == same
 
 
-def told(state: TrialState, windows: list[float]) -> FrozenTrial:
-    attributes: dict[str, Any] = {"scores": {"kl": float(np.mean(windows))}, "windows": {"kl": windows}}
+def told(state: TrialState, *rungs: list[float]) -> FrozenTrial:
+    """A trial that climbed so many rungs, of 512 tokens and twice as many each."""
+    attributes: dict[str, Any] = {
+        "scores": {"kl": float(np.mean(rungs[-1]))},
+        "rungs": {str(512 * 2**i): kl for i, kl in enumerate(rungs)},
+    }
     values = [1.0] if state == TrialState.COMPLETE else None
     return create_trial(
         state=state, values=values, params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)},
@@ -258,14 +262,14 @@ def numbered(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def test_an_early_stopped_trial_is_scaled_to_the_text_complete_ones_saw() -> None:
-    """The first windows are half as hard as the whole text."""
-    whole = [told(TrialState.COMPLETE, [0.1 * i] * 4 + [0.3 * i] * 4) for i in (1, 2, 3)]
-    short = told(TrialState.PRUNED, [0.5] * 4)
+    """The whole text is twice as hard as the first rung, and four fifths as hard as the second."""
+    whole = [told(TrialState.COMPLETE, [0.1 * i] * 4, [0.25 * i] * 4, [0.2 * i] * 8) for i in (1, 2, 3)]
+    short, longer = told(TrialState.PRUNED, [0.5] * 4), told(TrialState.PRUNED, [0.2] * 4, [0.5] * 4)
     failed = create_trial(state=TrialState.FAIL)
-    rows = observed(numbered([whole[0], short, failed, *whole[1:]]))
-    assert [t.number for t, _, _ in rows] == [0, 1, 3, 4]
-    assert [kl for _, kl, _ in rows] == pytest.approx([0.2, 1.0, 0.4, 0.6])
-    assert [noise > 0 for _, _, noise in rows] == [False, True, False, False]
+    rows = observed(numbered([whole[0], short, failed, *whole[1:], longer]))
+    assert [t.number for t, _, _ in rows] == [0, 1, 3, 4, 5]
+    assert [kl for _, kl, _ in rows] == pytest.approx([0.2, 1.0, 0.4, 0.6, 0.4])
+    assert [noise > 0 for _, _, noise in rows] == [False, True, False, False, True]
     alone = observed(numbered([told(TrialState.PRUNED, [0.5] * 4)]))
     assert alone[0][1:] == (0.5, pytest.approx(0.05))
 
@@ -278,7 +282,7 @@ def test_early_stopped_trials_teach_too_and_failed_ones_do_not() -> None:
         before = sampler.predict([], trial.params)
         kl = game.true_kl(trial.params)
         trial.set_user_attr("scores", {"kl": kl, "kl_se": 0.01 * kl})
-        trial.set_user_attr("windows", {"kl": [kl] * 4})
+        trial.set_user_attr("rungs", {"1024": [kl] * 4})
         game.study.tell(trial, state=state)
         believed = sampler.predict(game.study.get_trials(deepcopy=False), trial.params)
         assert (believed > 1.3 * before) == (state == TrialState.PRUNED)
@@ -299,6 +303,23 @@ def test_the_incumbent_is_the_best_complete_trial_of_its_form() -> None:
     assert best is not None
     assert best.number == 2
     assert sampler.incumbent(trials[:3], "ragged") is None
+
+
+def test_the_kl_where_slopes_are_known_is_the_best_one_of_a_form() -> None:
+    sampler = KnapsackSampler(SMALL)
+    trials = [
+        Seen(i, str(i), np.array([0]), np.array([0.0]), damage, 0.0, complete, portable)
+        for i, (damage, complete, portable) in enumerate(
+            [(0.3, True, True), (0.1, False, True), (0.2, True, True), (0.4, True, False), (0.1, True, True)]
+        )
+    ]
+    assert sampler.last_sloped(trials, PORTABLE) == np.inf
+    for number in range(3):
+        sampler.slopes.put(str(number), {})
+    assert sampler.last_sloped(trials, PORTABLE) == 0.2
+    assert sampler.last_sloped(trials, "ragged") == np.inf
+    sampler.slopes.put("3", {})
+    assert sampler.last_sloped(trials, "ragged") == 0.4
 
 
 def observations(allocator: Allocator, truth: np.ndarray, trials: int, seed: int) -> tuple[Any, np.ndarray]:

@@ -19,6 +19,7 @@ from search.costs import (
     bits,
     count_probes,
     ranking_probes,
+    routing_estimates,
     type_probes,
 )
 from spaces.quant_types import ladder
@@ -32,6 +33,8 @@ SEEDS = st.integers(0, 2**32)
 
 
 EFFORTS = pytest.mark.parametrize("effort", [FULL, LEAN, STREAMED], ids=["full", "lean", "streamed"])
+GRADIENTS = Effort(512, 1, (), (), 0, 512, 1, (0.5, 0.25), False)
+"""Of types and top-k there are gradients only."""
 
 
 def probes(space: Space, effort: Effort = STREAMED) -> list[Option]:
@@ -56,12 +59,12 @@ def test_every_decision_is_probed_with_options_it_has(effort: Effort) -> None:
     space, asked = SPACE, probes(SPACE, effort)
     for tensor in space.inventory.quantizable:
         kinds = [choice for name, choice in asked if name == tensor.name]
-        # Gradients alone tell what types of other tensors cost where little is to be spent.
-        assert bool(kinds) == (tensor.per_expert or effort is not LEAN)
+        assert bool(kinds) == bool(effort.expert_types if tensor.per_expert else effort.other_types)
         assert set(kinds) <= set(ladder(tensor.row))
     for layer in space.inventory.moe_layers:
         decisions = {name for name, _ in asked if name.startswith(f"blk.{layer}.")}
-        assert {f"blk.{layer}.experts", f"blk.{layer}.top_k"} <= decisions
+        top_k = {f"blk.{layer}.top_k"} if effort.top_k else set()
+        assert decisions - {t.name for t in space.inventory.quantizable} == {f"blk.{layer}.experts", *top_k}
 
 
 def test_less_effort_measures_less() -> None:
@@ -78,6 +81,17 @@ def test_every_ranking_is_measured_at_one_count_and_the_best_of_them_at_the_othe
         assert {c for n, c in at if n == 8} == set(space.criteria)
         assert {c for n, c in at if n != 8} == {"mass"}
         assert len({n for n, _ in at}) > 3
+
+
+def test_an_effort_tries_the_last_rankings_at_the_counts_it_names() -> None:
+    space = tiny.space(n_routed_experts=16)
+    for rankings, fractions in ((1, (0.75,)), (2, (0.25, 0.5)), (None, (0.5, 0.25))):
+        effort = Effort(512, 1, (), (), 0, 512, rankings, fractions, False)
+        for layer in space.inventory.moe_layers:
+            at = {choice for name, choice in probes(space, effort) if name == f"blk.{layer}.experts"}
+            first, *others = (int(16 * f) for f in fractions)
+            assert {c for n, c in at if n == first} == set(space.criteria[-(rankings or 3) :])
+            assert sorted(n for n, _ in at if n != first) == others
 
 
 def test_measured_costs_are_kept_as_they_are() -> None:
@@ -175,20 +189,63 @@ def test_top_k_between_and_beyond_measured_ones_follows_a_straight_line_of_its_l
     assert cost == pytest.approx([0.64, 0.32, 0.16, 0.08, 0.04, 0.02, 0.01, 0.0])
 
 
-def gradients(space: Space) -> dict[tuple[str, str], float]:
+def gradients(space: Space) -> dict[Option, float]:
     """Estimates that order types otherwise than the errors do."""
     rng = np.random.default_rng(7)
-    return {
+    types = {
         key: error and error * float(rng.lognormal(0, 1)) for key, error in synthetic.errors(space).items()
     }
+    return types | {option: float(rng.lognormal(-5, 1)) for option in routing_estimates(space, LEAN)}
 
 
-def test_without_measured_types_the_gradients_are_the_costs() -> None:
-    measured, estimated = synthetic.measured(SPACE, effort=LEAN), gradients(SPACE)
+def test_without_measured_types_costs_have_the_shape_of_the_gradients_which_understate_them() -> None:
+    measured, estimated = synthetic.measured(SPACE, effort=GRADIENTS), gradients(SPACE)
     model = CostModel(SPACE, measured, synthetic.errors(SPACE), estimated)
-    for tensor in SPACE.inventory.quantizable:
-        for kind in () if tensor.per_expert else ladder(tensor.row):
-            assert model.costs[model.index[tensor.name, kind]] == estimated[tensor.name, kind]
+    factors = {
+        per_expert: {
+            round(float(model.costs[model.index[t.name, kind]] / estimated[t.name, kind]), 6)
+            for t in SPACE.inventory.quantizable
+            for kind in ladder(t.row)[:-1]
+            if t.per_expert == per_expert
+        }
+        for per_expert in (True, False)
+    }
+    (experts,), (others,) = factors[True], factors[False]
+    assert 1 < experts < others
+    assert all(model.costs[model.index[t.name, "BF16"]] == 0 for t in SPACE.inventory.quantizable)
+
+
+def test_top_k_costs_what_the_gradients_say_where_none_of_its_decision_was_measured() -> None:
+    space = tiny.space(n_routed_experts=16, num_experts_per_tok=4)
+    estimated, errors = gradients(space), synthetic.errors(space)
+    guessed = [option for option in estimated if option[0].endswith(".top_k")]
+    assert {k for _, k in guessed} == {2, 3}
+    model = CostModel(space, synthetic.measured(space, effort=GRADIENTS), errors, estimated)
+    assert all(model.costs[model.index[option]] == estimated[option] for option in guessed)
+    measured = synthetic.measured(space, effort=GRADIENTS) | {("blk.1.top_k", 2): 0.5}
+    model = CostModel(space, measured, errors, estimated)
+    by_hand = CostModel(space, measured, errors)
+    for option in guessed:
+        known = option[0] == "blk.1.top_k"
+        wanted = by_hand.costs[by_hand.index[option]] if known else estimated[option]
+        assert model.costs[model.index[option]] == wanted
+
+
+def test_a_ranking_that_was_not_tried_costs_somewhat_more_than_the_one_that_was() -> None:
+    space = tiny.space(n_routed_experts=16)
+    measured = synthetic.measured(space, effort=GRADIENTS)
+    model = CostModel(space, measured, synthetic.errors(space), gradients(space))
+    *untried, tried = space.criteria
+    for layer in space.inventory.moe_layers:
+        decision = f"blk.{layer}.experts"
+        for criterion in untried:
+            ratios = [
+                model.costs[model.index[decision, (n, criterion)]]
+                / model.costs[model.index[decision, (n, tried)]]
+                for n in space.kept_options[:-1]
+            ]
+            assert ratios == pytest.approx(ratios[:1] * len(ratios))
+            assert 1 < ratios[0] < 2
 
 
 def test_measured_types_set_the_scale_and_gradients_the_shape_between_them() -> None:

@@ -61,7 +61,7 @@ def test_scores_on_another_text_are_kept_for_a_run_that_goes_on(runner: TrialRun
     pool = FakePool(lambda c: 0.5)
     progress: list[tuple[int, int]] = []
     first = score_on(pool, runner, trials, "selection", 2048, 4.0, tmp_path, lambda *at: progress.append(at))
-    assert {(name, last) for _, name, _, last in pool.scored} == {("selection", 2048)}
+    assert {(name, last) for _, name, last in pool.scored} == {("selection", 2048)}
     assert first.keys() == {t.number for t in trials}
     assert all(s["kl"] == pytest.approx(0.5) and len(s["windows_kl"]) == 8 for s in first.values())
     assert progress[-1] == (3, 3)
@@ -70,7 +70,7 @@ def test_scores_on_another_text_are_kept_for_a_run_that_goes_on(runner: TrialRun
     assert score_on(silent, runner, trials, "selection", 2048, 4.0, tmp_path) == first
     assert not silent.scored
     score_on(silent, runner, trials, "report", 2048, 4.0, tmp_path)
-    assert {name for _, name, _, _ in silent.scored} == {"report"}
+    assert {name for _, name, _ in silent.scored} == {"report"}
 
 
 def test_winners_have_the_lowest_kl_on_the_selection_text(runner: TrialRunner) -> None:

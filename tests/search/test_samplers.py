@@ -179,19 +179,19 @@ def told(allocator: Allocator, params: list[dict[str, Any]], count: int) -> list
         for name in rng.sample(names, 4 * (number >= len(params))):
             own[name] = rng.choice(space.distributions[name].choices)  # type: ignore[attr-defined]
         kl = allocator.model.predict(own) ** 1.1
-        trial.user_attrs = {"scores": {"kl": kl, "kl_se": 0.0}, "windows": {"kl": [kl] * 4}}
+        trial.user_attrs = {"scores": {"kl": kl, "kl_se": 0.0}, "rungs": {"1024": [kl] * 4}}
         trial.number, trial.values = number, [kl, 1.0, 1.0]
         out.append(trial)
     return out
 
 
 def asked(
-    allocator: Allocator, params: list[dict[str, Any]], count: int
+    allocator: Allocator, params: list[dict[str, Any]], count: int, arms: tuple[float, float, float]
 ) -> tuple[list[dict[str, Any]], list[int], list[int]]:
     """Proposals after trials; how many decisions each changes of the nearest trial; its bytes."""
     study = optuna.create_study(directions=["minimize", "minimize", "maximize"])
     study.add_trials(told(allocator, params, len(params)))
-    study.sampler = KnapsackSampler(allocator, 1)
+    study.sampler = KnapsackSampler(allocator, 1, arms=arms)
     out = [study.ask(allocator.space.distributions).params for _ in range(count)]
     columns = [set(allocator.model.columns(p)) for p in params]
     changes = [min(len(set(allocator.model.columns(p)) - c) for c in columns) for p in out]
@@ -199,14 +199,11 @@ def asked(
 
 
 def test_near_the_incumbent_few_decisions_change_and_elsewhere_many(
-    deep: tuple[Allocator, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    deep: tuple[Allocator, list[dict[str, Any]]],
 ) -> None:
     allocator, params = deep
-    monkeypatch.setattr("search.sampler._LOCAL", 1.0)
-    near, few, sizes = asked(allocator, params, 12)
-    monkeypatch.setattr("search.sampler._LOCAL", 0.0)
-    monkeypatch.setattr("search.sampler._ANYWHERE", 1.0)
-    far, many, more_sizes = asked(allocator, params, 12)
+    near, few, sizes = asked(allocator, params, 12, (1.0, 0.0, 0.0))
+    far, many, more_sizes = asked(allocator, params, 12, (0.0, 1.0, 0.0))
     for p in (*near, *far):
         check(allocator, p)
     assert all(0 < n <= 48 for n in few), few
@@ -217,12 +214,10 @@ def test_near_the_incumbent_few_decisions_change_and_elsewhere_many(
 
 
 def test_the_front_is_looked_for_at_smaller_budgets_and_with_fewer_active_experts(
-    deep: tuple[Allocator, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    deep: tuple[Allocator, list[dict[str, Any]]],
 ) -> None:
     allocator, params = deep
-    monkeypatch.setattr("search.sampler._LOCAL", 0.0)
-    monkeypatch.setattr("search.sampler._ANYWHERE", 0.0)
-    front, _, sizes = asked(allocator, params, 16)
+    front, _, sizes = asked(allocator, params, 16, (0.0, 0.0, 1.0))
     for p in front:
         check(allocator, p)
     assert min(sizes) < 0.8 * allocator.limit

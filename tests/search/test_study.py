@@ -15,7 +15,7 @@ from search.sampler import make_sampler
 from search.study import finished, open_storage, open_study, recover, window_scores
 from spaces.errors import UserError
 from tests.search import synthetic
-from tests.search.fake_pool import WINDOW, FakePool, make_runner
+from tests.search.fake_pool import FakePool, make_runner
 from tests.spaces import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -39,17 +39,17 @@ def params(kind: str = "Q4_K", criterion: str = "reap", kept: int | dict[int, in
 
 def test_scores_of_windows_are_averaged() -> None:
     columns = {"kl": [0.1, 0.3], "nll": [1.0, 3.0], "top1": [0.5, 1.0]}
-    scores = window_scores(columns, bytes_per_token=4.0, length=WINDOW)
+    scores = window_scores(columns, bytes_per_token=4.0, tokens=56)
     assert scores["kl"] == pytest.approx(0.2)
     assert scores["kl_se"] == pytest.approx(0.1)
     assert scores["perplexity"] == pytest.approx(math.exp(2))
     assert scores["bits_per_byte"] == pytest.approx(2 / math.log(2) / 4)
     assert scores["top1"] == pytest.approx(0.75)
-    assert scores["tokens"] == 2 * WINDOW
+    assert scores["tokens"] == 56
 
 
 def test_one_window_has_no_standard_error_and_a_lost_model_a_finite_perplexity() -> None:
-    scores = window_scores({"kl": [0.1], "nll": [1e5], "top1": [0.0]}, 4.0, WINDOW)
+    scores = window_scores({"kl": [0.1], "nll": [1e5], "top1": [0.0]}, 4.0, 256)
     assert scores["kl_se"] == 0.0
     assert math.isfinite(scores["perplexity"])
 

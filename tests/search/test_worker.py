@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from compression.calibration import Calibration
+from compression.candidate_model import CandidateModel
+from evaluators.divergence import base_states, measure
 from evaluators.texts import TextSet
+from search.costs import Effort, routing_estimates
 from search.worker import Setup, Worker, load_text, save_text
-from tests.compression.support import candidate, mixed_types
+from tests.compression.support import candidate, mixed_types, provide
 
 TOKENS = 4 * 64
 
@@ -95,12 +98,49 @@ def test_scores_are_the_same(workers: tuple[Worker, Worker]) -> None:
     inventory = workers[0].inventory
     ragged = candidate(inventory, {1: (0, 2, 3, 6, 7), 2: (1, 4, 5)}, {2: 1}, mixed_types(inventory))
     whole = both(workers, "score", [ragged.to_json()], "search", TOKENS)[0]
-    assert len(whole["kl"]) == 4
+    assert len(whole["kl"]) == 8
     assert min(whole["kl"]) > 1e-3
-    rest = both(workers, "score", [ragged.to_json()], "search", TOKENS, 2 * 64)[0]
-    np.testing.assert_allclose(rest["kl"], whole["kl"][2:], rtol=1e-4)
-    nothing = both(workers, "score", [ragged.to_json()] * 2, "search", TOKENS, TOKENS)
-    assert nothing == [{"kl": [], "nll": [], "top1": []}] * 2
+
+
+def test_few_tokens_are_scored_at_the_starts_of_all_windows(
+    workers: tuple[Worker, Worker], tiny_texts: dict[str, TextSet], tiny_model: CandidateModel, tmp_path: Path
+) -> None:
+    text = tiny_texts["search"].spread(TOKENS)
+    assert text.windows.shape == (8, 32)
+    inventory = workers[0].inventory
+    wanted = candidate(inventory, {1: (0, 2, 3, 6, 7), 2: (1, 4, 5)}, {2: 1})
+    (found,) = both(workers, "score", [wanted.to_json()], "search", TOKENS)
+    base_states(tiny_model, text, tmp_path / "states.npy")
+    provide(tiny_model, wanted)
+    tiny_model.apply(wanted)
+    expected = measure(tiny_model, text, np.load(tmp_path / "states.npy"))
+    np.testing.assert_allclose(found["kl"], expected.kl, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found["nll"], expected.nll, rtol=1e-4)
+    (whole,) = both(workers, "score", [wanted.to_json()], "search", 10**9)
+    assert len(whole["kl"]) == 8
+    assert min(abs(a - b) for a, b in zip(whole["kl"], found["kl"], strict=True)) > 0
+
+
+def test_slopes_are_of_every_type_and_the_options_asked_for(workers: tuple[Worker, Worker]) -> None:
+    resident = workers[0]
+    worker = Worker(replace(resident.setup, types=("Q8_0",)))
+    worker.register(
+        [row[:3] for t in worker.inventory.quantizable for row in worker.quantize(t.name, ["Q8_0"])]
+    )
+    types = {(t.name, kind) for t in worker.inventory.quantizable for kind in worker.space.ladder(t)}
+    routing = [("blk.1.top_k", 1), ("blk.2.experts", (4, "reap")), ("blk.2.top_k", 1)]
+    spent, rows = worker.slopes(None, TOKENS, 2, 0, routing)
+    assert {(decision, choice) for decision, choice, _, _ in rows} == types | set(routing)
+    assert {first for _, _, first, _ in rows} == {0.0}
+    # Two passes, a pass forward and one back per draw, and a block's pass per option.
+    assert spent == TOKENS * (2 + 2 * 2) + TOKENS * len(routing) // worker.inventory.layers
+    effort = Effort(TOKENS, 2, (), (), 0, 512, top_k=False)
+    routing = routing_estimates(worker.space, effort)
+    assert worker.slopes(None, TOKENS, 2, 0, routing)[0] == effort.estimate_tokens(worker.space)
+    at = candidate(worker.inventory, types="Q8_0").to_json()
+    spent, rows = worker.slopes(at, TOKENS, 2)
+    assert {(decision, choice) for decision, choice, _, _ in rows} == types
+    assert spent == TOKENS * (4 + 2 * 2)
 
 
 def test_candidates_are_scored_together_in_the_order_given(workers: tuple[Worker, Worker]) -> None:
