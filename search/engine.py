@@ -21,7 +21,7 @@ from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
 from search.console import Stages, console, problem_table
-from search.costs import FULL, STREAMED
+from search.costs import LEAN, STREAMED
 from search.memory import cache_bytes, streams
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
@@ -181,7 +181,7 @@ class Running:
         for line in self.warnings:
             console.print(f"note: {line}")
         with self.stages.stage("option costs") as advance:
-            effort = STREAMED if self.setup.stream else FULL
+            effort = STREAMED if self.setup.stream else LEAN
             model, _ = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance, effort)
         problem = self.search.problem
         self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)

@@ -113,7 +113,7 @@ def _parser() -> Parser:
     add(
         "--trials",
         type=int,
-        default=64,
+        default=160,
         metavar="N",
         help="trials of the study, baselines included (default: %(default)s)",
     )

@@ -148,6 +148,19 @@ def crossover(results: Results) -> list[str]:
     return lines
 
 
+def repairs(results: Results, rows: Mapping[str, Any]) -> list[str]:
+    """What repairs make of a run's candidate (`experiments.repairs`), against the best published method."""
+    steps = list(dict.fromkeys(step for row in rows.values() for step in row))
+    lines = ["| run | " + " | ".join(steps) + " | over the best published |", "|---" * (len(steps) + 2) + "|"]
+    published = [m for m in results.methods if METHODS[m].published]
+    for run, row in rows.items():
+        _, best = results.best(published, float(run.split("-")[-2]))
+        cells = [f"{row[s]['kl']:.4f}" if s in row else "-" for s in steps]
+        lowest = min(found["kl"] for found in row.values())
+        lines.append(f"| {run} | " + " | ".join(cells) + f" | {lowest / best:.3f} |")
+    return lines
+
+
 def draw(results: Results, path: Path) -> None:
     """Report KL of the choice against tokens spent, a panel per budget; lines are means over seeds."""
     import matplotlib
@@ -192,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--repairs", type=Path, help="JSON of experiments.repairs")
     args = parser.parse_args()
     results = Results(json.loads(args.results.read_text("utf-8")))
     compared = [m for m in results.methods if m not in ABLATION]
@@ -204,6 +218,12 @@ def main() -> None:
         "## The same search with levers forbidden", *table(results, ablated),
         "## Bytes of every result", *byte_table(results, [*compared, *ablated[1:]]),
     ]  # fmt: skip
+    if args.repairs:
+        rows = json.loads(args.repairs.read_text("utf-8"))
+        parts += [
+            "## Repaired, at the same bytes (report text; their tokens come on top)",
+            *repairs(results, rows),
+        ]
     text = "\n".join(f"\n{line}\n" if line.startswith("#") else line for line in parts)
     write_text(args.out / "search.md", text.lstrip() + "\n")
     draw(results, args.out / "search_curves.png")
