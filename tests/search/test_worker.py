@@ -110,6 +110,7 @@ def test_few_tokens_are_scored_at_the_starts_of_all_windows(
     inventory = workers[0].inventory
     wanted = candidate(inventory, {1: (0, 2, 3, 6, 7), 2: (1, 4, 5)}, {2: 1})
     (found,) = both(workers, "score", [wanted.to_json()], "search", TOKENS)
+    tiny_model.reset()
     base_states(tiny_model, text, tmp_path / "states.npy")
     provide(tiny_model, wanted)
     tiny_model.apply(wanted)
