@@ -123,6 +123,15 @@ def test_missing_or_short_files_are_refused(tiny: Checkpoint, wanted: Candidate,
     refused(lambda: Overrides.load(file, tiny.inventory, wanted), file)
 
 
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.999])
+def test_a_flipped_bit_is_found(tiny: Checkpoint, wanted: Candidate, file: Path, place: float) -> None:
+    raw = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start + int(place * (len(raw) - start))] ^= 4
+    file.write_bytes(bytes(raw))
+    refused(lambda: Overrides.load(file, tiny.inventory, wanted), file, "not those that were written")
+
+
 Parts = dict[str, np.ndarray]
 WRONG: dict[str, Callable[[Parts, Parts], tuple[Parts, Parts]]] = {
     "blk.9.ffn_down.weight": lambda b, p: ({"blk.9.ffn_down.weight": b["output.weight"]}, {}),
