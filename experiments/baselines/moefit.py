@@ -34,6 +34,7 @@ from spaces.allocation import InfeasibleError
 from spaces.budget import Budget
 from spaces.carry import Carry
 from spaces.devices import device
+from spaces.inventory import Tensor
 from spaces.quant_types import LADDER
 from spaces.space import PORTABLE, RAGGED, Space
 
@@ -50,11 +51,18 @@ class Restricted(Space):
         prune: Whether experts may be pruned.
         activate: Whether fewer experts may be active.
         only: The one form that is searched.
+        one: The one type all tensors take, or the nearest their rows take; "" for any.
     """
 
     prune: bool = True
     activate: bool = True
     only: str = RAGGED
+    one: str = ""
+
+    def ladder(self, tensor: Tensor) -> tuple[str, ...]:
+        if not self.one:
+            return super().ladder(tensor)
+        return (Space(self.inventory, self.rankings, self.runtime).nearest(tensor, self.one),)
 
     @cached_property
     def forms(self) -> tuple[str, ...]:
@@ -66,7 +74,7 @@ class Restricted(Space):
 
     @cached_property
     def kept_options(self) -> tuple[int, ...]:
-        whole = Space(self.inventory, self.rankings, self.runtime, self.types).kept_options
+        whole = Space(self.inventory, self.rankings, self.runtime).kept_options
         return whole if self.prune else whole[-1:]
 
     @cached_property
@@ -87,11 +95,12 @@ class _Pool(LocalPool):
 
 
 def _space(
-    lab: Lab, prune: bool = True, activate: bool = True, types: tuple[str, ...] = (), only: str = RAGGED
+    lab: Lab, prune: bool = True, activate: bool = True, one: str = "", only: str = RAGGED
 ) -> Restricted:
     return Restricted(
-        lab.inventory, lab.space.rankings, "any", types, prune=prune, activate=activate, only=only
-    )
+        lab.inventory, lab.space.rankings, "any", sets=lab.space.sets,
+        prune=prune, activate=activate, only=only, one=one,
+    )  # fmt: skip
 
 
 def _costs(lab: Lab, space: Space) -> CostModel:
@@ -176,7 +185,7 @@ def _one_type(lab: Lab, prune: bool, activate: bool) -> None:
     """A search at one type for all tensors: the types are tried on few tokens, the best goes on."""
     tried = []
     for name in LADDER:
-        space = _space(lab, prune, activate, (name,))
+        space = _space(lab, prune, activate, name)
         try:
             allocator = Allocator(
                 space, _costs_of_one(lab, space), Carry(lab.inventory, lab.inventory), lab.limit
@@ -187,7 +196,7 @@ def _one_type(lab: Lab, prune: bool, activate: bool) -> None:
         tried.append((lab.mean([start], 1024)[0], name))
     if not tried:
         raise Unreachable(f"no single type fits {lab.limit:,} bytes with these levers")
-    _search(lab, _space(lab, prune, activate, (min(tried)[1],)))
+    _search(lab, _space(lab, prune, activate, min(tried)[1]))
 
 
 def _costs_of_one(lab: Lab, space: Space) -> CostModel:

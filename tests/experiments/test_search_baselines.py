@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from scipy.stats import spearmanr
 
 from evaluators.slopes import Slope
 from evaluators.texts import WINDOW
-from experiments.baselines import amq, evopress, optuna_samplers, rco
+from experiments.baselines import amq, evopress, moefit, optuna_samplers, rco
 from experiments.baselines.lab import Lab
 from experiments.baselines.method import Unreachable, candidate_of, room, sizes
 from experiments.baselines.searches import SEARCHES
@@ -163,6 +164,30 @@ def test_a_portable_space_keeps_one_count() -> None:
     evopress.evopress_joint(lab)
     assert lab.offers
     assert all(o.candidate.portable for o in lab.offers)
+
+
+def test_a_search_of_ones_own_forbids_what_it_says_and_nothing_else() -> None:
+    lab = FakeLab()
+    plain = lab.space
+    sets = {
+        i: {n: tuple(range(n)) for n in plain.kept_options if n < plain.inventory.experts}
+        for i in plain.inventory.moe_layers
+    }
+    lab.worker.space = replace(plain, sets=sets)
+    whole = lab.space
+    free = moefit._space(lab)
+    assert (free.criteria, free.kept_options, free.top_k_options) == (
+        whole.criteria, whole.kept_options, whole.top_k_options,
+    )  # fmt: skip
+    assert all(free.ladder(t) == whole.ladder(t) for t in whole.inventory.quantizable)
+    bound = moefit._space(lab, prune=False, activate=False, one="Q4_K")
+    assert bound.kept_options == (whole.inventory.experts,)
+    assert bound.top_k_options == (whole.inventory.top_k,)
+    for tensor in whole.inventory.quantizable:
+        (only,) = bound.ladder(tensor)
+        # What the bank of the whole space holds, so that it can be scored.
+        assert only in whole.ladder(tensor)
+        assert only == "Q4_K" or "Q4_K" not in whole.ladder(tensor)
 
 
 def test_the_count_is_the_one_of_least_kl() -> None:
