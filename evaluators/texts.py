@@ -50,7 +50,8 @@ class TextSet:
         A few whole windows would be of a few sources only, and damage depends on the kind of text: an
         expert that one of them does not need looks useless.
         """
-        length, kinds = self.windows.shape[1], max(_SPREAD, len(set(self.sources)))
+        length = self.windows.shape[1]
+        kinds = min(max(_SPREAD, len(set(self.sources))), max(_SPREAD, tokens // _SHORTEST))
         # Two windows of each, if that leaves some text to attend to.
         count = min(len(self.windows), kinds * (2 if tokens >= 2 * kinds * _SHORTEST else 1))
         if tokens >= count * length:
@@ -133,7 +134,11 @@ def make_windows(name: str, documents: list[tuple[str, str]], tokenizer: Any, to
                 rows.append(queue[turn])
                 sources.append(source)
     if not rows:
-        raise UserError(f"the {name} text must hold at least one window of {WINDOW} tokens, got {count}")
+        option = "--calibration" if name in ("calibration", "repair") else "--text"
+        raise UserError(
+            f"{option}: the {name} text must hold at least one window of {WINDOW} tokens, got {count}; "
+            "give more text"
+        )
     return TextSet(name, np.stack(rows), tuple(sources), size / count)
 
 

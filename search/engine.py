@@ -116,9 +116,8 @@ class Search:
         o = self.options
         console.print(problem_table(self.problem))
         self._check_tasks()
-        o.out.mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(self.checkpoint.path)
-        texts = stages.prepare_texts(tokenizer, SHIPPED_TEXTS, o.text, o.calibration, self.cache)
+        texts = stages.prepare_texts(tokenizer, SHIPPED_TEXTS, o.text, o.calibration)
         about = {"model": self.checkpoint.fingerprint, **{n: t.digest for n, t in texts.items()}}
         if stages.stale(self.cache, about):
             raise UserError(
@@ -127,6 +126,7 @@ class Search:
             )
         storage = open_storage(o.storage, o.out / "study.journal")
         study = open_study(o.study, storage, self.identity(texts))
+        stages.keep_texts(self.cache, texts, about)
         study.set_user_attr("settings", self._settings())
         stream = streams(o.stream, self.checkpoint.inventory, o.workers)
         setup = Setup(

@@ -61,6 +61,7 @@ def finish(run: Running) -> dict[str, Any]:
     """Does everything after the last trial; returns what result.json holds."""
     options = run.search.options
     verdict = _decide(run)
+    run.study.set_user_attr("repaired", [])
     if options.repair == "auto" and not run.setup.stream:
         verdict.repairs = _repair(run, verdict)
     result = _result(run, verdict)

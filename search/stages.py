@@ -28,6 +28,7 @@ from search.costs import (
 )
 from search.pool import Job, Pool
 from search.worker import bank_index, load_text, save_bank_index, save_text
+from spaces.errors import UserError
 from spaces.space import Space
 
 SEARCH_TOKENS = 16384
@@ -45,12 +46,12 @@ Progress = Callable[[int, int], None]
 
 
 def prepare_texts(
-    tokenizer: Any, shipped: Path, text: Path | None, calibration: Path | None, cache: Path
+    tokenizer: Any, shipped: Path, text: Path | None, calibration: Path | None
 ) -> dict[str, TextSet]:
-    """Cuts the four disjoint texts into windows and writes them to `cache`.
+    """Cuts the four disjoint texts into windows.
 
     Raises:
-        UserError: A text cannot be read, or is too short.
+        UserError: A text cannot be read or is too short, or calibration is on what is scored.
     """
     sizes = {"search": SEARCH_TOKENS, "selection": SELECTION_TOKENS, "report": REPORT_TOKENS}
     if text is not None:
@@ -58,24 +59,31 @@ def prepare_texts(
     else:
         documents = {n: read_documents(shipped / f"{n}.jsonl", "text") for n in sizes}
     source = calibration or shipped / "calibration.jsonl"
+    scored = {body for some in documents.values() for _, body in some}
     documents["calibration"] = read_documents(source, "--calibration")
+    if any(body in scored for _, body in documents["calibration"]):
+        raise UserError(
+            f"--calibration {source}: shares documents with the text that configs are scored on; "
+            "give calibration text of its own"
+        )
     sizes["calibration"] = CALIBRATION_TOKENS
     # Repairs are fitted on text of the calibration's kind: as much of it as there is.
     documents["repair"], sizes["repair"] = documents["calibration"], REPAIR_TOKENS
-    out = {}
-    for name, tokens in sizes.items():
-        out[name] = make_windows(name, documents[name], tokenizer, tokens)
-        save_text(out[name], cache)
-    return out
+    return {name: make_windows(name, documents[name], tokenizer, tokens) for name, tokens in sizes.items()}
 
 
 def stale(cache: Path, identity: dict[str, Any]) -> bool:
-    """Whether the cache belongs to another model or other texts; writes `identity` if it is new."""
+    """Whether the cache belongs to another model or other texts."""
     file = cache / "identity.json"
-    if not file.exists():
-        write_text(file, json.dumps(identity, indent=2, sort_keys=True))
-        return False
-    return bool(json.loads(file.read_text("utf-8")) != identity)
+    return file.exists() and bool(json.loads(file.read_text("utf-8")) != identity)
+
+
+def keep_texts(cache: Path, texts: dict[str, TextSet], identity: dict[str, Any]) -> None:
+    """Puts texts where workers find them, and notes what the cache is of."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for text in texts.values():
+        save_text(text, cache)
+    write_text(cache / "identity.json", json.dumps(identity, indent=2, sort_keys=True))
 
 
 def calibrate(pool: Pool, cache: Path, progress: Progress) -> None:

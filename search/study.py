@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Collection
@@ -32,6 +33,8 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
         path = default if url is None else Path(url)
         if path.is_dir():
             raise UserError(f"--storage {path}: is a folder; give a journal file or a database URL")
+        if path.is_file() and not _journal(path):
+            raise UserError(f"--storage {path}: is no study's journal; give a new file or a database URL")
         path.parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(path)))
     try:
@@ -39,6 +42,16 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
     except Exception as error:  # SQLAlchemy and drivers raise many kinds
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--storage {url}: cannot be opened ({reason})") from error
+
+
+def _journal(path: Path) -> bool:
+    """Whether a file is empty or begins as Optuna's journals do."""
+    with path.open("rb") as stream:
+        first = stream.readline(2**20)
+    try:
+        return not first or "op_code" in json.loads(first)
+    except (ValueError, TypeError):
+        return False
 
 
 def open_study(name: str, storage: BaseStorage, identity: dict[str, Any]) -> optuna.Study:

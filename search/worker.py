@@ -164,11 +164,11 @@ class Worker(RepairJobs):
         states: np.ndarray = np.load(self.cache / f"base-{name}.npy", mmap_mode="r")
         return states
 
-    def _spread(self, name: str, tokens: int) -> tuple[TextSet, np.ndarray]:
-        """A few tokens of every kind of a text, and their base states."""
-        text = self._text(name, 10**9).spread(tokens)
+    def _spread(self, tokens: int) -> tuple[TextSet, np.ndarray]:
+        """A few search tokens of every kind of text, and their base states."""
+        text = self._text("search", 10**9).spread(tokens)
         # What is attended to lies before a token, so that the start of a window has the same states alone.
-        return text, self._states(name)[:, : text.windows.shape[1]]
+        return text, self._states("search")[:, : text.windows.shape[1]]
 
     def calibrate(self) -> int:
         """Writes calibration.npz; returns the tokens it took."""
@@ -238,11 +238,11 @@ class Worker(RepairJobs):
         return Population(self.model)
 
     def costs(self, options: Sequence[tuple[str, Any]], tokens: int) -> list[float]:
-        """KL of each option alone, on the first `tokens` search tokens."""
+        """KL of each option alone, on about `tokens` search tokens."""
         from evaluators.sensitivity import alone
 
         settings = [alone(self.settings, self.space, decision, choice) for decision, choice in options]
-        text, states = self._spread("search", tokens)
+        text, states = self._spread(tokens)
         measured = self.population.measure(settings, text, states)
         return [d.mean_kl for d in measured]
 
@@ -261,7 +261,7 @@ class Worker(RepairJobs):
         from evaluators.slopes import Slopes
         from spaces.candidate import Candidate
 
-        slopes, (text, states) = Slopes(self.model, self.space), self._spread("search", tokens)
+        slopes, (text, states) = Slopes(self.model, self.space), self._spread(tokens)
         setting = self.settings.base
         if candidate is not None:
             setting = self.settings.of(Candidate.from_json(candidate))
@@ -270,10 +270,12 @@ class Worker(RepairJobs):
         return spent, [(decision, choice, s.first, s.second) for (decision, choice), s in found.items()]
 
     def score(self, candidates: Sequence[str], name: str, tokens: int) -> list[dict[str, list[float]]]:
-        """Per-window kl, nll and top1 of candidates on about `tokens` tokens of a text, spread over it."""
+        """Per-window kl, nll and top1 of candidates on a text; a few tokens of the search text are spread."""
         from spaces.candidate import Candidate
 
-        text, states = self._spread(name, tokens)
+        text, states = self._text(name, tokens), self._states(name)
+        if name == "search":
+            text, states = self._spread(tokens)
         settings = [self.settings.of(Candidate.from_json(c)) for c in candidates]
         found = self.population.measure(settings, text, states)
         return [{"kl": d.kl.tolist(), "nll": d.nll.tolist(), "top1": d.top1.tolist()} for d in found]

@@ -22,7 +22,7 @@ from search.allocator import Allocator
 from search.costs import CostModel, Option
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS
 from search.pool import LocalPool
-from search.stages import calibrate, prepare_texts, quantize
+from search.stages import calibrate, keep_texts, prepare_texts, quantize
 from search.worker import Setup, Worker, bank_index
 from spaces.candidate import Candidate
 from spaces.carry import Carry
@@ -43,7 +43,7 @@ def prepare(cache: Path, report: Callable[[str], None] = lambda stage: None) -> 
     from compression.checkpoint import load_tokenizer
 
     cache.mkdir(parents=True, exist_ok=True)
-    prepare_texts(load_tokenizer(REFERENCE_MODEL), SHIPPED_TEXTS, None, None, cache)
+    keep_texts(cache, prepare_texts(load_tokenizer(REFERENCE_MODEL), SHIPPED_TEXTS, None, None), {})
     pool = LocalPool(setup(cache))
     report("calibration")
     calibrate(pool, cache, lambda done, total: None)

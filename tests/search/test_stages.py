@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from compression.checkpoint import load_tokenizer
 from search.costs import FULL, LEAN, STREAMED, CostModel, Effort, Option, routing_estimates
-from search.stages import CostFile, measure_costs
+from search.options import REFERENCE_MODEL, SHIPPED_TEXTS
+from search.stages import CostFile, keep_texts, measure_costs, prepare_texts, stale
 from spaces.candidate import Candidate
+from spaces.errors import UserError
 from tests.search import synthetic
 from tests.search.fake_pool import FakePool, SlopeRows
 from tests.spaces import tiny
@@ -142,3 +145,20 @@ def test_what_is_no_cost_is_passed_over(tmp_path: Path) -> None:
         (("blk.1.top_k", 1), 512, 1): 0.5,
     }
     assert json.loads(file.file.read_text("utf-8").splitlines()[0])[2] == 2048
+
+
+def test_calibration_text_that_is_scored_on_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("\f".join(f"document {i} " + "of some words " * 400 for i in range(40)))
+    tokenizer = load_tokenizer(REFERENCE_MODEL)
+    with pytest.raises(UserError, match=r"--calibration .*own\.txt: shares documents"):
+        prepare_texts(tokenizer, SHIPPED_TEXTS, file, file)
+
+
+def test_other_texts_are_told_before_the_cache_changes(tmp_path: Path) -> None:
+    texts = prepare_texts(load_tokenizer(REFERENCE_MODEL), SHIPPED_TEXTS, None, None)
+    assert not stale(tmp_path, {"search": "a"})
+    assert not list(tmp_path.iterdir())
+    keep_texts(tmp_path, texts, {"search": "a"})
+    assert not stale(tmp_path, {"search": "a"})
+    assert stale(tmp_path, {"search": "b"})

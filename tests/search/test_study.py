@@ -158,6 +158,14 @@ def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(url: str, tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"my notes\n", b"[1]\n", b"{}\n", b"\xff\xfe\x00"])
+def test_a_file_of_something_else_is_no_storage_and_stays_as_it_is(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(UserError, match="is no study's journal"):
+        open_storage(str(tmp_path / "x"), tmp_path / "study.journal")
+    assert (tmp_path / "x").read_bytes() == content
+
+
 def test_a_folder_is_no_storage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         open_storage(str(tmp_path), tmp_path / "study.journal")
