@@ -9,18 +9,17 @@ ratio and the spread (standard deviation) of its logarithm. OUT is a folder of
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compression.files import write_text
 from evaluators.sensitivity import alone
 from evaluators.slopes import Slopes
 from evaluators.texts import TextSet
 from experiments.baselines.lab import Lab, prepare
+from experiments.figures import figures
 from search.costs import Option
 
 TRUE_WINDOWS = 24
@@ -87,15 +86,13 @@ def main() -> None:
         for name, text in (("first windows", whole.head(tokens)), ("spread", whole.spread(tokens))):
             rows[f"{name}, {tokens}"] = accuracy(groups, measured(lab, groups, text, states), true)
     few = whole.spread(_GRADIENT_TOKENS)
+    routing = [*groups["expert counts"], *groups["top-k"]]
     found = Slopes(lab.worker.model, lab.space).at(
-        lab.worker.settings.base, few, states[:, : few.windows.shape[1]], _PROBES, 0, groups["top-k"]
+        lab.worker.settings.base, few, states[:, : few.windows.shape[1]], _PROBES, 0, routing
     )
     costs = {option: slope.second for option, slope in found.items()}
     rows[f"gradients, {_GRADIENT_TOKENS} x {_PROBES}"] = accuracy(groups, costs, true)
-    for name, row in rows.items():
-        print(name, row, flush=True)
-    if args.json:
-        write_text(args.json, json.dumps(rows, indent=1) + "\n")
+    figures(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
 
 def _journal(path: Path) -> bool:
     """Whether a file is empty or begins as Optuna's journals do."""
-    with path.open("rb") as stream:
-        first = stream.readline(2**20)
     try:
+        with path.open("rb") as stream:
+            first = stream.readline(2**20)
         return not first or "op_code" in json.loads(first)
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         return False
 
 

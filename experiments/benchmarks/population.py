@@ -8,7 +8,6 @@ one-at-a-time options of the cost stage; both ways in one run, and their scores 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from compression.files import write_text
 from compression.setting import Setting
 from evaluators.population import Population
 from evaluators.sensitivity import alone
 from experiments.baselines.lab import Lab, prepare
 from experiments.baselines.moefit import laboratory
+from experiments.figures import figures
 from search.costs import FULL, ranking_probes, type_probes
 from search.worker import Worker
 
@@ -67,10 +66,7 @@ def main() -> None:
     probes = [o for o, _ in [*ranking_probes(lab.space, FULL), *type_probes(lab.space, FULL)]]
     options = [alone(worker.settings, lab.space, *o) for o in probes]
     rows["one-at-a-time costs"] = compare(worker, options, TOKENS)
-    for name, row in rows.items():
-        print(name, row, flush=True)
-    if args.json:
-        write_text(args.json, json.dumps(rows, indent=1) + "\n")
+    figures(rows, args.json)
 
 
 if __name__ == "__main__":

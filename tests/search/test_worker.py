@@ -122,6 +122,20 @@ def test_few_tokens_are_scored_at_the_starts_of_all_windows(
     assert min(abs(a - b) for a, b in zip(whole["kl"], found["kl"], strict=True)) > 0
 
 
+def test_texts_that_winners_are_judged_on_are_scored_on_whole_windows(
+    workers: tuple[Worker, Worker], tiny_texts: dict[str, TextSet]
+) -> None:
+    """The first ones, as llama.cpp is given them."""
+    worker, wanted = workers[0], candidate(workers[0].inventory).to_json()
+    for name in ("report", "search"):
+        save_text(replace(tiny_texts["search"], name=name), worker.cache)
+        worker.base_states(name)
+    (few,), (whole,) = worker.score([wanted], "report", TOKENS), worker.score([wanted], "search", 10**9)
+    assert few["kl"] == pytest.approx(
+        whole["kl"][: TOKENS // tiny_texts["search"].windows.shape[1]], rel=1e-4
+    )
+
+
 def test_slopes_are_of_every_type_and_the_options_asked_for(workers: tuple[Worker, Worker]) -> None:
     resident = workers[0]
     worker = Worker(replace(resident.setup, types=("Q8_0",)))
