@@ -41,7 +41,8 @@ class Belief:
         model: Prior costs.
         interactions: Of the same space.
         seen: Scored trials.
-        at: The config costs are to hold near: its columns, and slopes measured there (or None).
+        at: Columns of the config costs are to hold near.
+        sloped: Columns of a config close to it, and the slopes measured there.
     """
 
     def __init__(
@@ -49,14 +50,15 @@ class Belief:
         model: CostModel,
         interactions: Interactions,
         seen: Sequence[Seen],
-        at: tuple[np.ndarray, Slopes | None] | None = None,
+        at: np.ndarray | None = None,
+        sloped: tuple[np.ndarray, Slopes] | None = None,
     ) -> None:
         self.model, self.interactions, self.at = model, interactions, at
         seen = _chosen(seen)
         sums = np.array([model.costs[s.columns].sum() for s in seen])
         damage = np.array([s.damage for s in seen])
         self.curve = Curve.fit(sums, damage)
-        costs = model.costs if at is None else self._tilted(*at)
+        costs = model.costs if sloped is None else self._tilted(*sloped)
         effective = self.curve.sums(damage)
         relative = np.array([s.noise for s in seen]) / np.maximum(damage, 1e-12)
         noise = effective * np.sqrt(_NOISE**2 + relative**2) / self.curve.b
@@ -65,11 +67,9 @@ class Belief:
             costs, [s.columns for s in seen], effective, noise, features, interactions.doubt
         )
 
-    def _tilted(self, columns: np.ndarray, slopes: Slopes | None) -> np.ndarray:
+    def _tilted(self, columns: np.ndarray, slopes: Slopes) -> np.ndarray:
         """Prior costs with the slopes at a config mixed in."""
         costs = self.model.costs.copy()
-        if slopes is None:
-            return costs
         inventory, space = self.model.space.inventory, self.model.space
         here = set(columns.tolist())
         rate = max(self.curve.slope(float(self.model.costs[columns].sum())), 1e-6)
@@ -102,7 +102,7 @@ class Belief:
         n = len(self.model.costs)
         if self.at is None:
             return values[:n]
-        return self.interactions.linearised(values[:n], values[n:], self.at[0])
+        return self.interactions.linearised(values[:n], values[n:], self.at)
 
 
 def _chosen(seen: Sequence[Seen]) -> list[Seen]:

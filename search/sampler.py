@@ -27,7 +27,7 @@ from search.sampler_names import SAMPLERS
 from search.slope_book import SlopeBook
 from spaces.allocation import InfeasibleError
 from spaces.errors import unknown
-from spaces.space import PORTABLE
+from spaces.space import PORTABLE, RAGGED
 
 _RESAMPLES = 8
 ARMS = (0.55, 0.30, 0.15)  # shares of near the incumbent, anywhere and the front
@@ -98,14 +98,29 @@ class KnapsackSampler(BaseSampler):
         one = len(self.space.forms) == 1
         return [s for s in seen if s.complete and (one or s.portable == (form == PORTABLE))]
 
+    def _sloped(self, seen: Sequence[Seen], near: Seen) -> Seen | None:
+        """The best config of a trial's form that slopes were measured at.
+
+        It need not be the trial itself: that is few changes away, where most of what slopes say holds.
+        """
+        known = [
+            s
+            for s in self._complete(seen, PORTABLE if near.portable else RAGGED)
+            if self.slopes.get(s.key) is not None
+        ]
+        return min(known, key=lambda s: (s.damage, s.number), default=None)
+
     def belief(self, seen: Sequence[Seen], near: Seen | None) -> Belief:
         """What the study believes, holding near a trial."""
-        at = None if near is None else (near.columns, self.slopes.get(near.key))
-        name = (len(seen), None if near is None else near.number, at is not None and at[1] is not None)
+        sloped = None if near is None else self._sloped(seen, near)
+        name = len(seen), None if near is None else near.number, None if sloped is None else sloped.number
         if name not in self._beliefs:
             if len(self._beliefs) > 4:
                 self._beliefs.clear()
-            self._beliefs[name] = Belief(self.allocator.model, self.interactions, seen, at)
+            at = None if near is None else near.columns
+            slopes = None if sloped is None else self.slopes.get(sloped.key)
+            there = None if sloped is None or slopes is None else (sloped.columns, slopes)
+            self._beliefs[name] = Belief(self.allocator.model, self.interactions, seen, at, there)
         return self._beliefs[name]
 
     def sample_relative(

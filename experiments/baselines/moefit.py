@@ -35,7 +35,6 @@ from spaces.budget import Budget
 from spaces.carry import Carry
 from spaces.devices import device
 from spaces.inventory import Tensor
-from spaces.quant_types import LADDER
 from spaces.space import PORTABLE, RAGGED, Space
 
 RUNGS = (512, 4608)
@@ -52,12 +51,14 @@ class Restricted(Space):
         activate: Whether fewer experts may be active.
         only: The one form that is searched.
         one: The one type all tensors take, or the nearest their rows take; "" for any.
+        counts: The only numbers of experts a layer may keep; () for any.
     """
 
     prune: bool = True
     activate: bool = True
     only: str = RAGGED
     one: str = ""
+    counts: tuple[int, ...] = ()
 
     def ladder(self, tensor: Tensor) -> tuple[str, ...]:
         if not self.one:
@@ -75,7 +76,7 @@ class Restricted(Space):
     @cached_property
     def kept_options(self) -> tuple[int, ...]:
         whole = Space(self.inventory, self.rankings, self.runtime).kept_options
-        return whole if self.prune else whole[-1:]
+        return self.counts or (whole if self.prune else whole[-1:])
 
     @cached_property
     def top_k_options(self) -> tuple[int, ...]:
@@ -94,16 +95,21 @@ class _Pool(LocalPool):
         return super().run(jobs, on_result)
 
 
-def _space(
-    lab: Lab, prune: bool = True, activate: bool = True, one: str = "", only: str = RAGGED
+def restricted(
+    lab: Lab,
+    prune: bool = True,
+    activate: bool = True,
+    one: str = "",
+    only: str = RAGGED,
+    counts: tuple[int, ...] = (),
 ) -> Restricted:
     return Restricted(
         lab.inventory, lab.space.rankings, "any", sets=lab.space.sets,
-        prune=prune, activate=activate, only=only, one=one,
+        prune=prune, activate=activate, only=only, one=one, counts=counts,
     )  # fmt: skip
 
 
-def _costs(lab: Lab, space: Space) -> CostModel:
+def costs_of(lab: Lab, space: Space) -> CostModel:
     """Costs of a space; what the bank or the folder knows is paid for again."""
     folder = lab.scratch / f"costs-{space.digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +126,8 @@ def laboratory(lab: Lab, space: Space | None = None) -> tuple[optuna.Study, Tria
     Raises:
         Unreachable: Nothing of the space fits.
     """
-    space = space or _space(lab)
-    model, form = _costs(lab, space), space.forms[0]
+    space = space or restricted(lab)
+    model, form = costs_of(lab, space), space.forms[0]
     allocator = Allocator(space, model, Carry(lab.inventory, lab.inventory), lab.limit)
     try:
         start = allocator.best(model.costs, form)
@@ -144,7 +150,7 @@ def laboratory(lab: Lab, space: Space | None = None) -> tuple[optuna.Study, Tria
     return study, runner
 
 
-def _search(lab: Lab, space: Space) -> None:
+def search_within(lab: Lab, space: Space) -> None:
     """Rounds of trials until the tokens are spent."""
     study, runner = laboratory(lab, space)
     count = len(study.get_trials(deepcopy=False))
@@ -162,61 +168,11 @@ def _search(lab: Lab, space: Space) -> None:
 
 
 def _all(lab: Lab) -> None:
-    _search(lab, _space(lab))
+    search_within(lab, restricted(lab))
 
 
 def _portable(lab: Lab) -> None:
-    _search(lab, _space(lab, only=PORTABLE))
-
-
-def _types(lab: Lab) -> None:
-    _search(lab, _space(lab, prune=False, activate=False))
-
-
-def _experts_types(lab: Lab) -> None:
-    _search(lab, _space(lab, activate=False))
-
-
-def _types_top_k(lab: Lab) -> None:
-    _search(lab, _space(lab, prune=False))
-
-
-def _one_type(lab: Lab, prune: bool, activate: bool) -> None:
-    """A search at one type for all tensors: the types are tried on few tokens, the best goes on."""
-    tried = []
-    for name in LADDER:
-        space = _space(lab, prune, activate, name)
-        try:
-            allocator = Allocator(
-                space, _costs_of_one(lab, space), Carry(lab.inventory, lab.inventory), lab.limit
-            )
-            start = space.candidate(allocator.best(allocator.model.costs, space.forms[-1]))
-        except InfeasibleError:
-            continue
-        tried.append((lab.mean([start], 1024)[0], name))
-    if not tried:
-        raise Unreachable(f"no single type fits {lab.limit:,} bytes with these levers")
-    _search(lab, _space(lab, prune, activate, min(tried)[1]))
-
-
-def _costs_of_one(lab: Lab, space: Space) -> CostModel:
-    """Costs of counts alone: with one type there is nothing else to choose."""
-    before = lab.spent
-    model = _costs(lab, space)
-    lab.spent = before  # the search itself pays for them
-    return model
-
-
-def _experts(lab: Lab) -> None:
-    _one_type(lab, prune=True, activate=False)
-
-
-def _top_k(lab: Lab) -> None:
-    _one_type(lab, prune=False, activate=True)
-
-
-def _experts_top_k(lab: Lab) -> None:
-    _one_type(lab, prune=True, activate=True)
+    search_within(lab, restricted(lab, only=PORTABLE))
 
 
 OURS: dict[str, Method] = {
@@ -226,16 +182,3 @@ OURS: dict[str, Method] = {
     ),
 }
 """The search itself: any runtime, and what stock llama.cpp runs."""
-
-ABLATION: dict[str, Method] = {
-    name: Method(name, run, "this project's search", True, name.removeprefix("only "), False)
-    for name, run in (
-        ("only experts", _experts),
-        ("only top-k", _top_k),
-        ("only types", _types),
-        ("only experts, top-k", _experts_top_k),
-        ("only types, top-k", _types_top_k),
-        ("only experts, types", _experts_types),
-    )
-}
-"""The same search with levers forbidden; without types, one type for all tensors."""

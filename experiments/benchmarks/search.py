@@ -25,8 +25,9 @@ import numpy as np
 from compression.files import write_text
 from evaluators.texts import TextSet
 from experiments.baselines.lab import Lab, Offer, prepare
+from experiments.baselines.levers import ABLATION
 from experiments.baselines.method import Method, Unreachable
-from experiments.baselines.moefit import ABLATION, OURS
+from experiments.baselines.moefit import OURS
 from experiments.baselines.published import PUBLISHED
 from experiments.baselines.searches import SEARCHES
 from search.worker import Worker

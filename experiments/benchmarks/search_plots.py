@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from compression.files import write_text
-from experiments.baselines.moefit import ABLATION, OURS
+from experiments.baselines.levers import ABLATION
+from experiments.baselines.moefit import OURS
 from experiments.benchmarks.search import METHODS
 
 Record = dict[str, Any]

@@ -175,12 +175,12 @@ def test_a_search_of_ones_own_forbids_what_it_says_and_nothing_else() -> None:
     }
     lab.worker.space = replace(plain, sets=sets)
     whole = lab.space
-    free = moefit._space(lab)
+    free = moefit.restricted(lab)
     assert (free.criteria, free.kept_options, free.top_k_options) == (
         whole.criteria, whole.kept_options, whole.top_k_options,
     )  # fmt: skip
     assert all(free.ladder(t) == whole.ladder(t) for t in whole.inventory.quantizable)
-    bound = moefit._space(lab, prune=False, activate=False, one="Q4_K")
+    bound = moefit.restricted(lab, prune=False, activate=False, one="Q4_K")
     assert bound.kept_options == (whole.inventory.experts,)
     assert bound.top_k_options == (whole.inventory.top_k,)
     for tensor in whole.inventory.quantizable:
