@@ -9,7 +9,7 @@ windows, since tokens of one window are not independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,12 +61,29 @@ class Divergence:
         }
 
 
+@dataclass(frozen=True)
+class TokenDivergence:
+    """Measures of a candidate at every position but the last, which has no next token: (n, length - 1) each.
+
+    Position i is about token i + 1, of which a model knows i + 1 tokens before it; `base_nll` is the base
+    model's negative log-likelihood, nats.
+    """
+
+    kl: np.ndarray
+    nll: np.ndarray
+    top1: np.ndarray
+    base_nll: np.ndarray
+
+
 class Reference:
     """The base model's distributions on some windows, prepared to compare many candidates with.
 
     Args:
         base: (n, length, vocabulary) logits of the base model.
         windows: (n, length) token ids; position i predicts token i + 1.
+
+    Attributes:
+        nll: (n, length - 1) negative log-likelihood of each next token under the base model.
     """
 
     def __init__(self, base: Tensor, windows: Tensor) -> None:
@@ -77,17 +94,25 @@ class Reference:
         self.p = log_p.exp()
         self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
         self.top = base.argmax(-1, keepdim=True)
+        self.nll = self._nll(log_p)
 
-    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per-window (KL, negative log-likelihood, top-1 agreement), each (n,), of the candidate's logits."""
+    def _nll(self, log_q: Tensor) -> Tensor:
+        return -log_q[:, :-1].gather(-1, self.next).squeeze(-1)
+
+    def tokens(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-token KL (n, length), negative log-likelihood (n, length - 1), top-1 agreement (n, length)."""
         import torch
 
         # sum p log p - sum p log q, not sum p (log p - log q): one pass over the vocabulary less.
         log_q = logits.log_softmax(-1)
-        kl = (self.negative_entropy - torch.linalg.vecdot(self.p, log_q)).mean(-1)
-        nll = -log_q[:, :-1].gather(-1, self.next).squeeze(-1).mean(-1)
-        top1 = (log_q.gather(-1, self.top).squeeze(-1) == log_q.amax(-1)).float().mean(-1)
-        return kl, nll, top1
+        kl = self.negative_entropy - torch.linalg.vecdot(self.p, log_q)
+        top1 = (log_q.gather(-1, self.top).squeeze(-1) == log_q.amax(-1)).float()
+        return kl, self._nll(log_q), top1
+
+    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-window (KL, negative log-likelihood, top-1 agreement), each (n,), of the candidate's logits."""
+        kl, nll, top1 = self.tokens(logits)
+        return kl.mean(-1), nll.mean(-1), top1.mean(-1)
 
 
 def compare(base: Tensor, logits: Tensor, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,3 +176,23 @@ def divergence(parts: Sequence[tuple[Tensor, ...]], text: TextSet) -> Divergence
         np.concatenate([x.numpy() for x in c]).astype(np.float64) for c in zip(*parts, strict=True)
     )
     return Divergence(kl, nll, top1, text.windows.shape[1], text.bytes_per_token)
+
+
+def token_divergence(
+    bases: Iterable[tuple[slice, Reference]], logits: Callable[[slice], Tensor]
+) -> TokenDivergence:
+    """As `measure`, token by token, of whatever gives logits.
+
+    Args:
+        bases: The base model on a few windows at a time, as `references` yields them.
+        logits: Gives the candidate's (n, length, vocabulary) logits of the windows of a slice.
+    """
+    import torch
+
+    parts = []
+    with torch.inference_mode():
+        for part, base in bases:
+            kl, nll, top1 = base.tokens(logits(part))
+            parts.append((kl[:, :-1], nll, top1[:, :-1], base.nll))
+    columns = (torch.cat(c).numpy().astype(np.float64) for c in zip(*parts, strict=True))
+    return TokenDivergence(*columns)

@@ -1,21 +1,28 @@
 """The child process of `evaluators.llama_cpp`: `python -m evaluators.llama_child FOLDER/request.json`.
 
 It writes FOLDER/result.json with either `values` or `error`, and for the job
-`logits` reads FOLDER/windows.npy and writes FOLDER/logits.npy.
+`logits` reads FOLDER/windows.npy and writes FOLDER/logits.npy, for the job
+`generations` reads FOLDER/prompts.npy and writes FOLDER/generated.npy.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compression.llama_symbols import LlamaError
+from evaluators.generations import drawer
 from evaluators.llama_cpp import EXPORT_AGAIN
-from evaluators.llama_runtime import LlamaModel
+from evaluators.llama_runtime import LlamaModel, most_likely
+from evaluators.shared_prefix import Item, Pack, pack, unique_rows
+
+_PACK = 256  # tokens computed together; a cache that others fill too slows attention
+_BRANCHES = 64  # continuations computed together; llama.cpp takes up to 256 sequences
 
 
 def _logits(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -46,12 +53,69 @@ def _probe(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {**values, "prompt_tokens_per_second": rates[0], "generated_tokens_per_second": rates[1]}
 
 
+def _generations(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    prompts, count, sampling = np.load(folder / "prompts.npy"), request["count"], request["sampling"]
+    generated = np.full((len(prompts), count), -1, np.int32)
+    context = prompts.shape[1] + count
+    with LlamaModel(Path(request["path"]), context=context, threads=request["threads"]) as model:
+        for i, prompt in enumerate(prompts):
+            choose: Callable[[np.ndarray], int] = most_likely
+            if sampling is not None:
+                choose = drawer(sampling["seeds"][i], sampling["temperature"], sampling["top_p"])
+            tokens = model.generate(prompt, count, choose, request["end"])
+            generated[i, : len(tokens)] = tokens
+    np.save(folder / "generated.npy", generated)
+    return {}
+
+
+def _loglikelihoods(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    items = [Item(tuple(context), tuple(map(tuple, after))) for context, after in request["items"]]
+    packs = pack(items, _PACK, _BRANCHES)
+    length, branches = max(len(p.tokens) for p in packs), max(len(p.scores) for p in packs)
+    found: dict[tuple[int, int], tuple[float, bool]] = {}
+    with LlamaModel(
+        Path(request["path"]), context=length, threads=request["threads"], sequences=branches
+    ) as model:
+        for p in packs:
+            found |= p.sums(*_log_probs(model, p))
+    return {"scores": [[found[i, b] for b in range(len(t.continuations))] for i, t in enumerate(items)]}
+
+
+def _log_probs(model: LlamaModel, p: Pack) -> tuple[np.ndarray, np.ndarray]:
+    """(m,) log-probability of everything a pack scores, and whether it is the most likely token."""
+    names: dict[int, list[int]] = {}
+    for sequence, (item, _) in enumerate(p.scores):
+        names.setdefault(item, []).append(sequence)
+    own = list(names.values())
+    sequences = [own[i] if b < 0 else [own[i][b]] for i, b in zip(p.items, p.branches, strict=True)]
+    rows, index, targets = unique_rows([p], len(p.tokens))
+    if targets.max() >= model.vocabulary:
+        raise ValueError(f"token id {targets.max()} is not in 0..{model.vocabulary - 1}")
+    logits = model.packed_logits(p.tokens, p.positions, sequences, rows)
+    largest = logits.max(-1)
+    log_z = largest + np.log(np.exp(logits - largest[:, None]).sum(-1, dtype=np.float64))
+    return logits[index, targets] - log_z[index], logits.argmax(-1)[index] == targets
+
+
+def _answers(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    prompts, count = request["prompts"], request["count"]
+    context = max(map(len, prompts)) + count
+    with LlamaModel(Path(request["path"]), context=context, threads=request["threads"]) as model:
+        return {"answers": [model.generate(p, count, end=request["end"]) for p in prompts]}
+
+
+_JOBS = {
+    "logits": _logits, "probe": _probe, "generations": _generations, "loglikelihoods": _loglikelihoods,
+    "answers": _answers,
+}  # fmt: skip
+
+
 def _child(file: Path) -> None:
     """Answers the request in `file`; errors that Python sees are part of the answer."""
     request = json.loads(file.read_text("utf-8"))
     result: dict[str, Any]
     try:
-        result = {"values": {"logits": _logits, "probe": _probe}[request["job"]](file.parent, request)}
+        result = {"values": _JOBS[request["job"]](file.parent, request)}
     except LlamaError as error:
         result = {"error": f"llama.cpp refuses it: {error}; {EXPORT_AGAIN}"}
     except (OSError, MemoryError) as error:

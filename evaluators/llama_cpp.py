@@ -10,16 +10,19 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compression.child import run_module
+from evaluators.generations import Sampling
+from evaluators.shared_prefix import Item
 from spaces.errors import UserError
 
+_PART = 2**28  # bytes of logits in one file
 EXPORT_AGAIN = "export it again; if it is whole, this llama.cpp does not take its architecture or metadata"
 
 
@@ -70,6 +73,117 @@ def file_logits(
         os.replace(Path(folder) / "logits.npy", out)
     logits: np.memmap = np.load(out, mmap_mode="r")
     return logits
+
+
+def logits_in_parts(
+    path: Path, windows: np.ndarray, scratch: Path, *, threads: int = 1, timeout: float = 600
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """As `file_logits`, some windows at a time, so that no file holds more than 256 MiB or one window.
+
+    Args:
+        path: GGUF file.
+        windows: (n, length) token ids.
+        scratch: Folder for the file, which is gone afterwards.
+        threads: CPU threads.
+        timeout: Seconds the child may take for each part.
+
+    Yields:
+        (which windows, their logits), the latter valid until the next part.
+    """
+    probe = probe_file(path, windows[0, :1].tolist(), generate=1, threads=threads, timeout=timeout)
+    step = max(1, _PART // (4 * windows.shape[1] * probe.vocabulary))
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        for start in range(0, len(windows), step):
+            part = slice(start, min(start + step, len(windows)))
+            out = Path(folder) / "logits.npy"
+            yield part, file_logits(path, windows[part], out, threads=threads, timeout=timeout)
+
+
+def file_generations(
+    path: Path,
+    prompts: np.ndarray,
+    count: int,
+    *,
+    sampling: Sampling | None = None,
+    end: int | None = None,
+    threads: int = 1,
+    timeout: float = 600,
+) -> np.ndarray:
+    """Long texts that a GGUF file writes, each from an empty F32 KV cache.
+
+    Args:
+        path: GGUF file.
+        prompts: (n, prompt) token ids to continue.
+        count: Tokens to generate, at most.
+        sampling: How tokens are drawn, with a seed for each prompt; None takes the most likely one.
+        end: Token that ends a text; None: nothing does.
+        threads: CPU threads.
+        timeout: Seconds the child may take.
+
+    Returns:
+        (n, count) int32 token ids, -1 from the end token on.
+
+    Raises:
+        UserError: The file or the prompts are bad, or the child fails or takes too long.
+    """
+    if prompts.ndim != 2 or not prompts.size or not np.issubdtype(prompts.dtype, np.integer):
+        raise UserError(f"{path}: prompts must be (n, length) token ids, got {prompts.dtype} {prompts.shape}")
+    if sampling is not None and len(sampling.seeds) != len(prompts):
+        raise UserError(f"{path}: {len(prompts)} prompts need as many seeds, got {len(sampling.seeds)}")
+    how = None if sampling is None else asdict(sampling)
+    request = {"job": "generations", "count": count, "sampling": how, "end": end, "threads": threads}
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "prompts.npy", prompts)
+        _run_child(Path(folder), path, request, timeout)
+        generated: np.ndarray = np.load(Path(folder) / "generated.npy")
+    return generated
+
+
+def file_loglikelihoods(
+    path: Path, items: Sequence[Item], *, threads: int = 1, timeout: float = 600
+) -> list[list[tuple[float, bool]]]:
+    """What a GGUF file makes of continuations, each context computed once, with an F32 KV cache.
+
+    Args:
+        path: GGUF file.
+        items: Contexts with continuations, of any length.
+        threads: CPU threads.
+        timeout: Seconds the child may take.
+
+    Returns:
+        Per item and continuation: its log-likelihood (nats), and whether it is what the file would write.
+
+    Raises:
+        UserError: The file or the tokens are bad, or the child fails or takes too long.
+    """
+    if not items:
+        return []
+    plain = [[item.context, item.continuations] for item in items]
+    request = {"job": "loglikelihoods", "items": plain, "threads": threads}
+    with tempfile.TemporaryDirectory() as folder:
+        values = _run_child(Path(folder), path, request, timeout)
+    return [[(float(score), bool(likeliest)) for score, likeliest in row] for row in values["scores"]]
+
+
+def file_answers(
+    path: Path,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    end: int | None = None,
+    threads: int = 1,
+    timeout: float = 600,
+) -> list[list[int]]:
+    """The most likely continuations of prompts of any length, up to `count` tokens or before `end`.
+
+    Raises what `file_generations` does.
+    """
+    if not prompts:
+        return []
+    request = {"job": "answers", "prompts": [list(p) for p in prompts], "count": count, "end": end}
+    with tempfile.TemporaryDirectory() as folder:
+        values = _run_child(Path(folder), path, {**request, "threads": threads}, timeout)
+    return list(values["answers"])
 
 
 def probe_file(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,11 @@ from compression import llama_symbols as llama
 from compression.llama_symbols import ffi
 
 _UBATCH = 512  # tokens computed at once, llama.cpp's default
+
+
+def most_likely(logits: np.ndarray) -> int:
+    """The token of the largest of (vocabulary,) logits."""
+    return int(logits.argmax())
 
 
 class LlamaModel:
@@ -29,7 +35,14 @@ class LlamaModel:
     """
 
     def __init__(
-        self, path: Path, *, context: int, threads: int = 1, exact: bool = True, top_k: int | None = None
+        self,
+        path: Path,
+        *,
+        context: int,
+        threads: int = 1,
+        exact: bool = True,
+        top_k: int | None = None,
+        sequences: int = 1,
     ) -> None:
         """Loads the file.
 
@@ -40,14 +53,18 @@ class LlamaModel:
             exact: F32 KV cache, weights as they lie in the file and no flash attention, for comparing
                 models; False takes llama.cpp's defaults, for measuring speed.
             top_k: Routed experts per token in every layer, instead of the file's.
+            sequences: Sequences that share the context, see `packed_logits`.
 
         Raises:
-            ValueError: `context`, `threads` or `top_k` is below 1.
+            ValueError: `context`, `threads`, `top_k` or `sequences` is below 1.
             LlamaError: llama.cpp does not load the file.
             RuntimeError: The installed wheel is not the build declared in `llama_symbols`.
         """
-        if min(context, threads, 1 if top_k is None else top_k) < 1:
-            raise ValueError(f"context {context}, threads {threads}, top_k {top_k}: each must be at least 1")
+        if min(context, threads, sequences, 1 if top_k is None else top_k) < 1:
+            raise ValueError(
+                f"context {context}, threads {threads}, top_k {top_k}, sequences {sequences}: "
+                "each must be at least 1"
+            )
         self._lib, self._model, self._context, self.context = llama.library(), ffi.NULL, ffi.NULL, context
         llama.forget_errors()
         name = os.fsencode(path)
@@ -63,6 +80,8 @@ class LlamaModel:
         settings.n_ctx = settings.n_batch = settings.n_outputs_max = context
         settings.n_ubatch = min(context, _UBATCH)
         settings.n_threads = settings.n_threads_batch = threads
+        # In one cache, so that a token may be of several sequences.
+        settings.n_seq_max, settings.kv_unified = sequences, int(sequences > 1)
         if exact:
             settings.type_k = settings.type_v = llama.F32
             settings.flash_attn_type = llama.FLASH_OFF
@@ -119,17 +138,67 @@ class LlamaModel:
         self._clear()
         return self._decode(window, every=True).copy()
 
-    def generate(self, tokens: Sequence[int] | np.ndarray, count: int) -> list[int]:
-        """Continues a prompt with the most likely token, `count` times; an end token does not stop it.
+    def packed_logits(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        sequences: Sequence[Sequence[int]],
+        rows: np.ndarray,
+    ) -> np.ndarray:
+        """Logits of some tokens of several sequences computed together, from an empty KV cache.
 
-        `tokens` is the prompt, (n,) ids with n + count at most `context`; raises what `logits` does.
+        Args:
+            tokens: (n,) token ids, at most `context` of them.
+            positions: (n,) place of each in its sequences.
+            sequences: n lists of the sequences each is part of; it attends to what precedes it in them.
+            rows: (u,) ascending: the tokens whose logits are wanted.
+
+        Returns:
+            (u, vocabulary) float32, valid until the next call.
+
+        Raises what `logits` does.
+        """
+        window = self._window(tokens, 0)
+        self._clear()
+        marks, places = np.zeros(len(window), np.int8), np.ascontiguousarray(positions, np.int32)
+        marks[rows] = 1
+        counts = np.array([len(s) for s in sequences], np.int32)
+        lists = [ffi.new("int32_t[]", list(s)) for s in sequences]
+        batch = ffi.new("struct batch *")
+        batch.n_tokens, batch.token = len(window), ffi.from_buffer("int32_t[]", window)
+        batch.pos, batch.n_seq_id = (ffi.from_buffer("int32_t[]", a) for a in (places, counts))
+        batch.seq_id = pointers = ffi.new("int32_t *[]", lists)
+        batch.logits = ffi.from_buffer("int8_t[]", marks)
+        found = self._run(batch, len(rows))
+        del pointers  # kept until llama.cpp has read it
+        return found
+
+    def generate(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        count: int,
+        choose: Callable[[np.ndarray], int] = most_likely,
+        end: int | None = None,
+    ) -> list[int]:
+        """Continues a prompt with `count` tokens, or with fewer where the end token comes first.
+
+        Args:
+            tokens: The prompt, (n,) ids with n + count at most `context`.
+            count: Tokens to generate.
+            choose: The next token of (vocabulary,) logits; the most likely one by default.
+            end: The token that stops it and is not returned; None: nothing does.
+
+        Raises what `logits` does.
         """
         window = self._window(tokens, count)
         self._clear()
         generated: list[int] = []
         while len(generated) < count:
-            generated.append(int(self._decode(window)[-1].argmax()))
-            window = np.array(generated[-1:], np.int32)
+            token = choose(self._decode(window)[-1])
+            if token == end:
+                break
+            generated.append(token)
+            window = np.array([token], np.int32)
         return generated
 
     def speed(self, prompt: int, generated: int) -> tuple[float, float]:
@@ -179,16 +248,20 @@ class LlamaModel:
 
     def _decode(self, window: np.ndarray, *, every: bool = False) -> np.ndarray:
         """Appends (n,) int32 ids to the KV cache; (1 or n, vocabulary) logits, valid until the next call."""
-        llama.forget_errors()
         # Where positions and sequence are NULL, llama.cpp continues sequence 0; without
         # marks it computes the last row only.
         batch = ffi.new("struct batch *")
         marks = np.ones(len(window), np.int8)
         batch.n_tokens, batch.token = len(window), ffi.from_buffer("int32_t[]", window)
         batch.logits = ffi.from_buffer("int8_t[]", marks) if every else ffi.NULL
+        return self._run(batch, len(window) if every else 1)
+
+    def _run(self, batch: Any, rows: int) -> np.ndarray:
+        """Computes a batch of which `rows` tokens are marked; their (rows, vocabulary) logits."""
+        llama.forget_errors()
         status = self._lib.llama_decode(self._context, batch[0])
         if status:
             raise llama.failure(f"llama_decode returned {status}")
-        rows, width = (len(window) if every else 1), self.vocabulary
+        width = self.vocabulary
         values = ffi.buffer(self._lib.llama_get_logits(self._context), rows * width * 4)
         return np.frombuffer(values, np.float32).reshape(rows, width)

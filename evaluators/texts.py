@@ -109,8 +109,10 @@ def _cut(text: str, size: int = 4000) -> list[str]:
     return [*pieces, current]
 
 
-def make_windows(name: str, documents: list[tuple[str, str]], tokenizer: Any, tokens: int) -> TextSet:
-    """Cuts documents into windows, sources taking turns, about `tokens` tokens in all.
+def make_windows(
+    name: str, documents: list[tuple[str, str]], tokenizer: Any, tokens: int, window: int = WINDOW
+) -> TextSet:
+    """Cuts documents into windows of `window` tokens, sources taking turns, about `tokens` tokens in all.
 
     Raises:
         UserError: Less text than one window.
@@ -123,20 +125,20 @@ def make_windows(name: str, documents: list[tuple[str, str]], tokenizer: Any, to
         size, count = size + len(text.encode()), count + len(ids)
         streams.setdefault(source, []).extend([*ids, *([end] if end is not None else [])])
     queues = {
-        source: np.array(ids[: len(ids) // WINDOW * WINDOW], np.int32).reshape(-1, WINDOW)
+        source: np.array(ids[: len(ids) // window * window], np.int32).reshape(-1, window)
         for source, ids in streams.items()
     }
     rows: list[np.ndarray] = []
     sources: list[str] = []
     for turn in range(max((len(q) for q in queues.values()), default=0)):
         for source, queue in queues.items():
-            if turn < len(queue) and len(rows) * WINDOW < tokens:
+            if turn < len(queue) and len(rows) * window < tokens:
                 rows.append(queue[turn])
                 sources.append(source)
     if not rows:
         option = "--calibration" if name in ("calibration", "repair") else "--text"
         raise UserError(
-            f"{option}: the {name} text must hold at least one window of {WINDOW} tokens, got {count}; "
+            f"{option}: the {name} text must hold at least one window of {window} tokens, got {count}; "
             "give more text"
         )
     return TextSet(name, np.stack(rows), tuple(sources), size / count)

@@ -45,6 +45,18 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) of a stage."""
 
 
+def scored_documents(shipped: Path, text: Path | None) -> dict[str, list[tuple[str, str]]]:
+    """Documents of the search, selection and report text: the shipped ones, or `text` dealt to the three.
+
+    Raises:
+        UserError: A text cannot be read.
+    """
+    names = ("search", "selection", "report")
+    if text is not None:
+        return split_documents(read_documents(text, "--text"), names)
+    return {n: read_documents(shipped / f"{n}.jsonl", "text") for n in names}
+
+
 def prepare_texts(
     tokenizer: Any, shipped: Path, text: Path | None, calibration: Path | None
 ) -> dict[str, TextSet]:
@@ -54,10 +66,7 @@ def prepare_texts(
         UserError: A text cannot be read or is too short, or calibration is on what is scored.
     """
     sizes = {"search": SEARCH_TOKENS, "selection": SELECTION_TOKENS, "report": REPORT_TOKENS}
-    if text is not None:
-        documents = split_documents(read_documents(text, "--text"), tuple(sizes))
-    else:
-        documents = {n: read_documents(shipped / f"{n}.jsonl", "text") for n in sizes}
+    documents = scored_documents(shipped, text)
     source = calibration or shipped / "calibration.jsonl"
     scored = {body for some in documents.values() for _, body in some}
     documents["calibration"] = read_documents(source, "--calibration")
