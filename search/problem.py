@@ -15,9 +15,6 @@ from spaces.inventory import Inventory
 from spaces.plan import Plan
 from spaces.space import Space
 
-RESERVE = 8 * 10**9
-"""Bytes left to the operating system and the runtime."""
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -70,16 +67,7 @@ def make_problem(
             f"--budget {format_size(size)} is above the whole model: {goal.name} takes {format_size(whole)} "
             "in BF16, so nothing needs compressing; choose a smaller budget"
         )
-    # A small model on a big device leaves the reserve to the device's own scale.
-    reserve = min(RESERVE, device.memory // 8)
-    budget = Budget(
-        weights=size,
-        device_memory=device.memory,
-        context=context,
-        kv_cache=goal.kv_cache_bytes(context),
-        compute_buffer=goal.compute_buffer_bytes(context),
-        reserve=reserve,
-    )
+    budget = Budget.on(device, goal, size, context)
     budget.check()
     problem = Problem(source, goal, budget, device, context, types)
     if problem.smallest > budget.limit:

@@ -6,7 +6,12 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from spaces.devices import Device
 from spaces.errors import UserError
+from spaces.inventory import Inventory
+
+RESERVE = 8 * 10**9
+"""Bytes left to the operating system and the runtime."""
 
 _UNITS = {"B": 1} | {
     prefix + suffix: base**power
@@ -62,6 +67,19 @@ class Budget:
     compute_buffer: int
     reserve: int
 
+    @classmethod
+    def on(cls, device: Device, model: Inventory, weights: int, context: int) -> Budget:
+        """`weights` bytes of a model with `context` tokens in the KV cache, on a device."""
+        return cls(
+            weights=weights,
+            device_memory=device.memory,
+            context=context,
+            kv_cache=model.kv_cache_bytes(context),
+            compute_buffer=model.compute_buffer_bytes(context),
+            # A small model on a big device leaves the reserve to the device's own scale.
+            reserve=min(RESERVE, device.memory // 8),
+        )
+
     @property
     def overhead(self) -> int:
         """Bytes beside the weights."""
@@ -72,9 +90,14 @@ class Budget:
         """Bytes of weights allowed by both the budget and the device."""
         return min(self.weights, self.device_memory - self.overhead)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds the weights and all that is beside them."""
+        return self.weights + self.overhead <= self.device_memory
+
     def check(self) -> None:
         """Refuses a budget that the device cannot hold, before any work is done."""
-        if self.weights + self.overhead > self.device_memory:
+        if not self.fits:
             raise UserError(
                 f"--budget {format_size(self.weights)} does not fit the device: with "
                 f"{format_size(self.kv_cache)} KV cache for {self.context} tokens, "

@@ -12,10 +12,12 @@ from compression.checkpoint import Checkpoint
 from compression.families import open_inventory
 from compression.gguf_export import export_gguf
 from evaluators.footprint import Footprint
-from evaluators.throughput import Throughput, bytes_per_token
+from evaluators.throughput import Throughput
 from spaces.budget import Budget
 from spaces.carry import Carry
 from spaces.devices import DEVICES
+from spaces.inventory import Inventory
+from spaces.plan import Plan
 from tests.compression.support import candidate, provide
 
 BUDGET = Budget(
@@ -24,6 +26,12 @@ BUDGET = Budget(
 DEVICE = replace(DEVICES["dgx-spark"], bandwidth=1e9, efficiency=0.5)
 VOCABULARY, HIDDEN, WIDTH, EXPERTS = 4096, 256, 256, 8
 HEADS, Q, KV, NOPE, ROPE, VALUE = 4, 128, 64, 32, 32, 64
+
+
+def read(inventory: Inventory, plan: Plan, context: int) -> float:
+    """Bytes of one token: seconds at a byte per second."""
+    slow = replace(DEVICE, bandwidth=1.0, efficiency=1.0)
+    return Throughput(Carry(inventory, inventory), slow, context).seconds(plan)
 
 
 def q8(weights: int) -> float:
@@ -47,20 +55,21 @@ def read_by_hand(kept: int, top_k: int, context: int) -> float:
 
 @pytest.mark.parametrize(("kept", "top_k", "context"), [(8, 2, 0), (8, 2, 512), (5, 2, 512), (5, 1, 4096)])
 def test_a_token_reads_what_the_formula_says(tiny: Checkpoint, kept: int, top_k: int, context: int) -> None:
+    by_hand = read_by_hand(kept, top_k, context)
     plan = tiny.inventory.uniform_plan("Q8_0", kept, top_k)
-    assert bytes_per_token(tiny.inventory, plan, context) == pytest.approx(read_by_hand(kept, top_k, context))
+    assert read(tiny.inventory, plan, context) == pytest.approx(by_hand)
     wanted = candidate(tiny.inventory, {1: tuple(range(kept)), 2: tuple(range(kept))}, {1: top_k, 2: top_k})
     speed = Throughput(Carry(tiny.inventory, tiny.inventory), DEVICE, context).evaluate(wanted)
-    assert speed == {"tokens_per_second": pytest.approx(0.5e9 / read_by_hand(kept, top_k, context))}
+    assert speed == {"tokens_per_second": pytest.approx(0.5e9 / by_hand)}
 
 
 def test_layers_of_a_ragged_plan_count_by_themselves(tiny: Checkpoint) -> None:
     inventory = tiny.inventory
-    whole = bytes_per_token(inventory, candidate(inventory).plan, 100)
-    one = bytes_per_token(inventory, candidate(inventory, top_k={2: 1}).plan, 100)
+    whole = read(inventory, candidate(inventory).plan, 100)
+    one = read(inventory, candidate(inventory, top_k={2: 1}).plan, 100)
     assert whole - one == pytest.approx(q8(3 * HIDDEN * WIDTH))
     # Experts that are not active are not read; their rows of the router are.
-    fewer = bytes_per_token(inventory, candidate(inventory, {2: (0, 1, 2)}).plan, 100)
+    fewer = read(inventory, candidate(inventory, {2: (0, 1, 2)}).plan, 100)
     assert whole - fewer == pytest.approx(5 * 4 * (HIDDEN + 1))
 
 
