@@ -14,7 +14,8 @@ _OF_A_STUDY = ("trial", "storage")
 _OF_A_FILE = ("candidate", "uniform", "imatrix", "threads")
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="python -m search.export",
         description="With --study: rebuilds a trial of a study, scores it again beside its record, and "
@@ -68,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: The first option that is wrong or does not go with another.
     """
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     if (args.study is None) == (args.model is None):
         raise UserError(
             "give --study NAME to export a trial, or --model FILE.gguf with --candidate FILE to compress "

@@ -63,7 +63,8 @@ class Options:
     dry_run: bool
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """The command line of `search.run`."""
     parser = Parser(
         prog="python -m search.run",
         description="Searches expert pruning, top-k and GGUF types together for the least damage that fits "
@@ -122,7 +123,7 @@ def _parser() -> Parser:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="Ray workers of one thread each; 0: this process, without Ray (default: %(default)s)",
+        help="Ray workers of one thread each; 0: this process, without Ray (default: one per core)",
     )
     add(
         "--types",
@@ -237,7 +238,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     Raises:
         UserError: The first option that is wrong.
     """
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     budget = parse_size(args.budget, "--budget")
     profile = device(args.device)
     if args.device_memory is not None:

@@ -9,12 +9,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from compression.checkpoint import open_checkpoint, open_target
+from compression.checkpoint import open_checkpoint
 from search.memory import streams
+from search.problem import Problem, make_problem
 from search.study import finished, open_storage, window_scores
 from search.worker import Setup, Worker, bank_index, load_text
 from spaces.candidate import Candidate
 from spaces.carry import Carry
+from spaces.devices import Device
 from spaces.errors import UserError, unknown
 
 
@@ -103,13 +105,17 @@ class OpenStudy:
     def candidate(self, trial: FrozenTrial) -> Candidate:
         return self.worker.space.candidate(trial.params)
 
+    def problem(self) -> Problem:
+        """What the study is about, from its settings."""
+        s = self.settings
+        return make_problem(
+            self.worker.inventory, Path(s["model"]), s["target"], s["budget"], Device(**s["device"]),
+            s["context"], tuple(s.get("types", ())),
+        )  # fmt: skip
+
     def carry(self) -> Carry:
         """From the searched model to the target."""
-        source = self.worker.model.inventory
-        target, model = self.settings["target"], self.settings["model"]
-        if Path(target).exists() and Path(target).resolve() == Path(model).resolve():
-            return Carry(source, source)
-        return Carry(source, open_target(target))
+        return self.problem().carry
 
     def rescore(self, trial: FrozenTrial) -> dict[str, Any]:
         """Quality scores of a trial, measured again on the tokens it was measured on."""

@@ -7,12 +7,16 @@ result.json, version 1:
     front       trial numbers, by ascending KL
     winners     {portable, ragged}: trial number or null
     baselines   {name: trial number}
-    finals      {trial number: {selection, report}}: quality scores on text no trial saw
+    finals      {trial number: {selection, report}}: quality scores on text no trial saw, `windows_kl` (KL
+                of every window) among them
+    base        {report: {perplexity, ...}}: the uncompressed model
     trial_stage {tokens, seconds, evaluation_seconds, rank_correlation}: of the trials this run made itself
     repairs     {trial number: {used, tokens, selection, report}}: scores after re-fitting; the exported
                 model holds it where used
     comparison  {baseline: {kl, kl_ratio, kl_difference, kl_difference_95}}, on the report text
-    tasks       {"base" | trial number: {task: {metric, value, standard_error, items}}}
+    tasks       {"base" | trial number | "gguf": {task: {metric, value, standard_error, items, difference,
+                difference_se}}}; "gguf" is the exported file in llama.cpp. Where items are right or wrong,
+                all but the base have the mean of the items' differences from it, and its standard error
     export      {path, bytes, predicted_bytes, llama_cpp: {...}}, or null
     stages      {name: {seconds, peak_memory_bytes}}
 """

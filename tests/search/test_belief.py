@@ -397,35 +397,3 @@ def test_a_noisy_trial_teaches_less_than_a_clean_one() -> None:
     noisy = Posterior(costs, seen, kl, 10.0 * kl).mean()
     assert clean[seen[0]].sum() > 1.3 * costs[seen[0]].sum()
     assert noisy[seen[0]].sum() == pytest.approx(costs[seen[0]].sum(), rel=0.05)
-
-
-def test_slopes_of_a_config_close_by_are_used_where_none_were_measured() -> None:
-    from search.sampler import KnapsackSampler
-    from tests.search.synthetic import ALLOCATOR
-
-    sampler = KnapsackSampler(ALLOCATOR)
-    space, model = ALLOCATOR.space, ALLOCATOR.model
-
-    def seen_one(number: int, damage: float) -> Seen:
-        columns = np.array(
-            model.columns(
-                space.params(
-                    {t.name: space.ladder(t)[number] for t in space.inventory.quantizable},
-                    space.inventory.experts,
-                    "reap",
-                )
-            )
-        )
-        return Seen(
-            number, f"key{number}", columns, sampler.interactions.features(columns), damage, 0.0, True, True
-        )
-
-    measured, better = seen_one(5, 0.2), seen_one(6, 0.1)
-    tensor = space.inventory.quantizable[0]
-    other = space.ladder(tensor)[7]
-    plain = sampler.belief([measured, better], better).posterior.costs
-    sampler.slopes.put("key5", {(tensor.name, other): (5.0, 0.0)})
-    tilted = sampler.belief([measured, better], better)
-    moved = np.flatnonzero(plain != tilted.posterior.costs)
-    assert moved.tolist() == [model.index[tensor.name, other]]
-    assert tilted.at is better.columns

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from compression.families import open_inventory
 from search.allocator import Allocator
+from search.belief import Seen
 from search.interactions import Interactions
 from search.posterior import Curve
 from search.sampler import KnapsackSampler, make_sampler
@@ -248,3 +249,24 @@ def test_an_ask_is_fast_after_many_trials(deep: tuple[Allocator, list[dict[str, 
         trials.append(done)
     later = float(np.median(times[1:]))  # the first ask reads all trials
     assert later < 150, f"{later:.0f} ms per ask at {decisions} decisions, of {times}"
+
+
+def test_slopes_of_a_config_close_by_serve_where_none_were_measured() -> None:
+    sampler = KnapsackSampler(SMALL)
+    space, model = SMALL.space, SMALL.model
+
+    def trial(place: int, damage: float) -> Seen:
+        ladders = {t.name: space.ladder(t) for t in space.inventory.quantizable}
+        types = {name: ladder[min(place, len(ladder) - 1)] for name, ladder in ladders.items()}
+        columns = np.array(model.columns(space.params(types, space.inventory.experts, "reap")))
+        features = sampler.interactions.features(columns)
+        return Seen(place, f"key{place}", columns, features, damage, 0.0, True, True)
+
+    measured, better = trial(5, 0.2), trial(6, 0.1)
+    tensor = max(space.inventory.quantizable, key=lambda t: len(space.ladder(t)))
+    other = space.ladder(tensor)[7]
+    plain = sampler.belief([measured, better], better).posterior.costs
+    sampler.slopes.put("key5", {(tensor.name, other): (5.0, 0.0)})
+    tilted = sampler.belief([measured, better], better)
+    assert np.flatnonzero(plain != tilted.posterior.costs).tolist() == [model.index[tensor.name, other]]
+    assert tilted.at is better.columns

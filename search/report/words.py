@@ -1,0 +1,101 @@
+"""The summary of a report, in sentences."""
+
+from __future__ import annotations
+
+from search.report.facts import Facts
+from search.report.tables import best_rows, bytes_by_role, domains, interval, rivals
+from spaces.budget import format_size
+
+
+def summary(facts: Facts) -> list[str]:
+    """Paragraphs: what it is, whether it is better, what it costs, whether to trust it."""
+    return [_what(facts), _better(facts), _where(facts), _trust(facts)]
+
+
+def _what(facts: Facts) -> str:
+    plan, scores = facts.target_plan, facts.trial["scores"]
+    kept, top_k = [n for _, n in plan.kept], [k for _, k in plan.top_k]
+    sizes = bytes_by_role(facts)
+    weights = 8 * sum(v[2] for v in sizes.values()) / (8 * sum(v[1] for v in sizes.values()) / 16)
+    return (
+        f"Trial {facts.number} ({facts.kind}) is {facts.target.name} in {scores['target_bytes']:,} bytes "
+        f"({format_size(scores['target_bytes'])}, {format_size(facts.problem.budget.limit)} allowed): "
+        f"{_span(kept)} of {facts.target.experts} experts kept per layer, {_span(top_k)} of "
+        f"{facts.target.top_k} active per token, {weights:.2f} bits per stored weight. On "
+        f"{facts.problem.device.title} it needs {format_size(scores['device_memory_bytes'])} of "
+        f"{format_size(facts.problem.device.memory)} and is predicted to decode "
+        f"{scores['tokens_per_second']:.1f} tokens/s at {facts.problem.context} tokens of context."
+    )
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _better(facts: Facts) -> str:
+    own = facts.own
+    text = "report text, which nothing was chosen on" if facts.on_report else "search text, which trials saw"
+    said = (
+        f"KL to the base model is {own.kl:.4f} ± {1.96 * own.kl_se:.4f} nats per token on the {text}; "
+        f"perplexity {own.perplexity:.2f}"
+    )
+    base = (facts.result.get("base") or {}).get("report")
+    if base and facts.on_report:
+        said += f" where the base model has {base['perplexity']:.2f}"
+    said += f"; the most likely token is the base model's {own.top1:.1%} of the time."
+    nearest = best_rows(rivals(facts))
+    if nearest is None or not facts.on_report:
+        return said + " There is no simple baseline on the same text to compare with."
+    name, _, _, other = nearest
+    if own.windows is None or other.windows is None:
+        return f"{said} The best simple way, {name}, has {other.kl:.4f}."
+    mean, half = interval(other.windows - own.windows)
+    verdict = "better" if mean > half else "worse" if mean < -half else "not told apart"
+    return (
+        f"{said} The best simple way, {name}, has {other.kl:.4f}: this is {verdict}, "
+        f"{own.kl / other.kl:.2f} x "
+        f"its KL, {mean:+.4f} ± {half:.4f} nats apart (paired by window, 95 %)."
+    )
+
+
+def _where(facts: Facts) -> str:
+    rows = domains(facts)
+    worst, best = rows[0], rows[-1]
+    return (
+        f"Damage is not even: {worst[0]} suffers most ({worst[1]:.4f} nats), {best[0]} least "
+        f"({best[1]:.4f} nats)."
+    )
+
+
+def _trust(facts: Facts) -> str:
+    out = []
+    export = facts.result.get("export")
+    if export and facts.number in facts.winners and facts.form == "portable":
+        check = export["llama_cpp"]
+        out.append(
+            f"The exported file has {export['bytes']:,} bytes where {export['predicted_bytes']:,} were "
+            "predicted; "
+            f"llama.cpp loads it and scores perplexity {check['perplexity']:.3f} where the evaluator has "
+            f"{check['evaluator_perplexity']:.3f} on the same tokens."
+        )
+    elif facts.form != "portable":
+        out.append(
+            "Its layers differ in expert count or top-k, which stock llama.cpp does not run: it is "
+            "exported as a "
+            "folder that compression.load opens in transformers."
+        )
+    rho = facts.result["trial_stage"].get("rank_correlation")
+    if rho is not None:
+        out.append(
+            f"The predictor ranked the newest trials with Spearman {rho:.2f} against what was measured."
+        )
+    if facts.target.name != facts.source.name:
+        out.append(
+            f"Bytes, memory and tokens/s are {facts.target.name}'s; quality is that of "
+            f"{facts.source.name}, on "
+            "which the decisions were searched."
+        )
+    out.append("tokens/s are predicted from the device's published bandwidth, not measured.")
+    out += facts.result.get("notes") or []
+    return " ".join(out)
