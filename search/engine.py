@@ -15,7 +15,7 @@ from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from compression.gguf_export import with_tokenizer
 from compression.guards import warnings
 from evaluators.footprint import Footprint
-from evaluators.texts import WINDOW, TextSet
+from evaluators.texts import TextSet
 from evaluators.throughput import Throughput
 from search import stages
 from search.allocator import Allocator
@@ -144,11 +144,12 @@ class Search:
     def _check_tasks(self) -> None:
         """An unknown task is refused before the first stage, not after the last trial."""
         if self.options.tasks:
-            from evaluators.harness import Harness
+            from evaluators.harness import Harness, task_context
 
             o = self.options
             tokenizer = load_tokenizer(self.checkpoint.path)
-            Harness(tokenizer, o.tasks, limit=o.limit, tasks_path=o.tasks_path, max_length=WINDOW)
+            length = task_context(self.checkpoint.family.config)
+            Harness(tokenizer, o.tasks, limit=o.limit, tasks_path=o.tasks_path, max_length=length)
 
     def _settings(self) -> dict[str, Any]:
         """Options as plain values, for `search.export` to rebuild the search from."""
@@ -170,6 +171,8 @@ class Running:
 
     def run(self) -> dict[str, Any]:
         o = self.search.options
+        inventory = self.search.checkpoint.inventory
+        self.tracker = Tracker(self.study, o.tracking_uri, o.out, self._parameters(), inventory)
         self.stages = Stages(lambda: peak_memory(self.pool))
         with self.stages.stage("calibration") as advance:
             stages.calibrate(self.pool, self.search.cache, advance)
@@ -187,7 +190,6 @@ class Running:
         self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)
         book = SlopeBook(self.search.cache / "slopes")
         self.study.sampler = make_sampler(o.sampler, self.allocator, o.seed, book)
-        self.tracker = Tracker(self.study, o.tracking_uri, o.out, self._parameters())
         self.runner = TrialRunner(
             self.study, self.allocator, self.pool,
             Footprint(problem.carry, problem.budget),
@@ -209,9 +211,9 @@ class Running:
     def _parameters(self) -> dict[str, Any]:
         o, p = self.search.options, self.search.problem
         return {
-            "budget_bytes": o.budget, "target": p.target.name, "model": p.source.name,
-            "device": p.device.name, "context": o.context, "runtime": o.runtime,
-            "sampler": o.sampler, "seed": o.seed, "trials": o.trials,
+            "budget_gb": o.budget / 1e9, "target": p.target.name, "model": p.source.name,
+            "device": p.device.name, "context_tokens": o.context, "runtime": o.runtime,
+            "sampler": o.sampler, "seed": o.seed,
         }  # fmt: skip
 
     def _trials(self) -> None:

@@ -11,12 +11,18 @@ from optuna.trial import FrozenTrial
 from compression.files import write_text
 from search import finals, pareto, stages
 from search.console import comparison_table, console, front_table
+from search.pareto_html import write_html
+from search.pareto_png import write_png
+from search.rebuild import OpenStudy
+from search.report.build import write as write_report
+from search.report.facts import Facts
 from search.results import VERSION, trial_record, write_winner
 from search.sampler import KnapsackSampler
 from search.study import finished, window_scores
 from search.summary import show
+from search.tracking_outcome import track
 from search.verify import verify_gguf
-from spaces.budget import format_size
+from search.worker import Worker
 from spaces.space import PORTABLE, RAGGED
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ class Verdict:
         won: Form to the winner's number, None where a form has no complete trial.
         selection, report: Scores on the two texts.
         repairs: Trial number to what re-fitting did: scores before and after, and whether it is used.
+        base: The uncompressed model on the report text.
     """
 
     chosen: dict[int, FrozenTrial]
@@ -44,6 +51,7 @@ class Verdict:
     selection: Rescored
     report: Rescored
     repairs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
 
     def repaired(self, number: int | None) -> bool:
         """Whether a winner ships with its repairs."""
@@ -64,16 +72,18 @@ def finish(run: Running) -> dict[str, Any]:
     run.study.set_user_attr("repaired", [])
     if options.repair == "auto" and not run.setup.stream:
         verdict.repairs = _repair(run, verdict)
+    _explain(run, verdict)
     result = _result(run, verdict)
-    result["tasks"] = _tasks(run, verdict)
+    result["export"] = _export(run, verdict) if options.export else None
+    result["tasks"] = _tasks(run, verdict, result["export"])
     for record in result["trials"]:
         row = result["tasks"].get(str(record["number"]), {})
         record["scores"]["tasks"] = {task: score["value"] for task, score in row.items()}
-    result["export"] = _export(run, verdict) if options.export else None
-    result["stages"] = run.stages.taken
+    result["stages"] = dict(run.stages.taken)
     _draw(run, result)
     write_text(options.out / "result.json", json.dumps(result, indent=1) + "\n")
-    _track(run, verdict)
+    _report(run, result, verdict)
+    track(run, verdict)
     _show(run, result, verdict)
     return result
 
@@ -115,12 +125,25 @@ def _repair(run: Running, verdict: Verdict) -> dict[int, dict[str, Any]]:
                 name: window_scores(
                     rows[name], run.texts[name].bytes_per_token, int(run.texts[name].windows.size)
                 )
+                | {"windows_kl": _rounded(rows[name]["kl"])}
                 for name in names
             }
             used = scores["selection"]["kl"] < verdict.selection[n]["kl"]
             out[n] = {"used": used, "tokens": spent, **scores}
         run.study.set_user_attr("repaired", [run.candidate(n).key for n in numbers if out[n]["used"]])
     return out
+
+
+def _explain(run: Running, verdict: Verdict) -> None:
+    """Evidence of the winners, for the report."""
+    with run.stages.stage("evidence") as advance:
+        numbers = sorted({n for n in verdict.won.values() if n is not None})
+        advance(0, len(numbers))
+        jobs: list[Any] = [("evidence", (run.candidate(n).to_json(), verdict.repaired(n))) for n in numbers]
+        run.pool.run(jobs, lambda i, _: advance(i + 1, len(numbers)))
+        (columns,) = run.pool.run([("base_scores", ("report",))])
+        text = run.texts["report"]
+        verdict.base = window_scores(columns, text.bytes_per_token, int(text.windows.size))
 
 
 def _score(run: Running, trials: list[FrozenTrial], text: str, tokens: int, advance: Any) -> Rescored:
@@ -149,6 +172,7 @@ def _result(run: Running, verdict: Verdict) -> dict[str, Any]:
         "front": pareto.front_of(records),
         "winners": verdict.won,
         "baselines": {name: t.number for name, t in verdict.named.items()},
+        "base": {"report": verdict.base},
         "finals": {
             str(n): {"selection": _plain(verdict.selection, n), "report": _plain(verdict.report, n)}
             for n in verdict.chosen
@@ -172,20 +196,26 @@ def _result(run: Running, verdict: Verdict) -> dict[str, Any]:
 
 
 def _plain(scores: Rescored, number: int) -> dict[str, Any] | None:
-    """Scores without the per-window values; None where a text was not scored."""
+    """Scores, KL of windows rounded; None where a text was not scored."""
     if number not in scores:
         return None
-    return {name: value for name, value in scores[number].items() if name != "windows_kl"}
+    return scores[number] | {"windows_kl": _rounded(scores[number]["windows_kl"])}
 
 
-def _tasks(run: Running, verdict: Verdict) -> dict[str, Any]:
-    """lm-eval of the base model and the winners."""
+def _rounded(values: list[float]) -> list[float]:
+    return [round(v, 6) for v in values]
+
+
+def _tasks(run: Running, verdict: Verdict, exported: dict[str, Any] | None) -> dict[str, Any]:
+    """lm-eval of the base model, the winners and the exported file, all but the first against the first."""
     if not run.search.options.tasks:
         return {}
     numbers = [n for n in verdict.won.values() if n is not None]
     with run.stages.stage("lm-eval") as advance:
         jobs: list[Any] = [("tasks", (None,))]
         jobs += [("tasks", (run.candidate(n).to_json(), verdict.repaired(n))) for n in numbers]
+        if exported:
+            jobs.append(("tasks_of_file", (exported["path"],)))
         done = [0]
 
         def count(i: int, _: Any) -> None:
@@ -193,11 +223,21 @@ def _tasks(run: Running, verdict: Verdict) -> dict[str, Any]:
             advance(done[0], len(jobs))
 
         rows = run.pool.run(jobs, count)
-    names = ["base", *map(str, numbers)]
+    names = ["base", *map(str, numbers), *(["gguf"] if exported else [])]
     return {
-        name: {task: {k: v for k, v in score.items() if k != "correct"} for task, score in row.items()}
+        name: {task: _row(score, rows[0][task], name) for task, score in row.items()}
         for name, row in zip(names, rows, strict=True)
     }
+
+
+def _row(score: dict[str, Any], base: dict[str, Any], name: str) -> dict[str, Any]:
+    """A task's score as result.json has it."""
+    from evaluators.harness import TaskScore, paired_difference
+
+    row = {k: v for k, v in score.items() if k not in ("correct", "ids")}
+    if name != "base" and score["correct"] and base["correct"]:
+        row["difference"], row["difference_se"] = paired_difference(TaskScore(**base), TaskScore(**score))
+    return row
 
 
 def _export(run: Running, verdict: Verdict) -> dict[str, Any] | None:
@@ -229,23 +269,17 @@ def _export(run: Running, verdict: Verdict) -> dict[str, Any] | None:
 
 
 def _draw(run: Running, result: dict[str, Any]) -> None:
-    options = run.search.options
-    complete = [r for r in result["trials"] if r["state"] == "COMPLETE"]
-    title = f"{result['model']} for {result['target']} at {format_size(options.budget)}"
-    pareto.write_html(complete, result["front"], title, options.budget, options.out / "pareto.html")
-    pareto.write_png(complete, result["front"], title, options.budget, options.out / "pareto.png")
+    out = run.search.options.out
+    write_html(result, out / "pareto.html")
+    write_png(result, out / "pareto.png")
 
 
-def _track(run: Running, verdict: Verdict) -> None:
-    """Puts the outcome on the parent run of MLflow."""
-    options, best = run.search.options, verdict.report[verdict.best]
-    if verdict.repaired(verdict.best):
-        best = verdict.repairs[verdict.best]["report"]
-    metrics = {"winner_report_kl_nats": best["kl"], "winner_report_perplexity": best["perplexity"]}
-    files = [options.out / name for name in ("pareto.html", "pareto.png", "result.json")]
-    if options.export:
-        files += [options.out / "winner" / name for name in ("candidate.json", "recipe.json")]
-    run.tracker.finish(metrics, files)
+def _report(run: Running, result: dict[str, Any], verdict: Verdict) -> None:
+    """The page about the winner."""
+    worker = Worker(run.setup)
+    with run.stages.stage("report"):
+        opened = OpenStudy(run.study, run.study.user_attrs["settings"], worker)
+        write_report(Facts(opened, result, verdict.best), run.search.options.out / "report.html")
 
 
 def _show(run: Running, result: dict[str, Any], verdict: Verdict) -> None:

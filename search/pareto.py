@@ -1,17 +1,19 @@
-"""The Pareto front of a study, and its pictures."""
+"""The Pareto front of a study, and what its pictures show of every trial."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from compression.files import atomic, write_text
+from spaces.space import PORTABLE, RAGGED
 
 Point = tuple[float, float, float]
 """(KL, target bytes, tokens per second)."""
 
-_COLOURS = {"portable": "#2a6f97", "ragged": "#c05621", "baseline": "#6b7280"}
+UNBEATEN = "not beaten in KL, size and speed"
+FRONT = "front of KL and the axis below"
 
 
 def dominates(a: Point, b: Point) -> bool:
@@ -35,101 +37,111 @@ def front_of(records: Sequence[dict[str, Any]]) -> list[int]:
     return [complete[i]["number"] for i in front(points)]
 
 
-def kind_of(trial: dict[str, Any]) -> str:
-    """baseline, portable or ragged."""
-    if trial.get("baseline"):
-        return "baseline"
-    return "portable" if trial["portable"] else "ragged"
+@dataclass(frozen=True)
+class Mark:
+    """A trial in a picture.
+
+    Attributes:
+        kl, kl_se: Nats per token, on the search text.
+        gigabytes: Size of the target's file (10^9 bytes).
+        speed: Predicted tokens/s of the target.
+        form: portable or ragged.
+        baseline: Name of a baseline.
+        on_front: Whether no trial beats it in KL, bytes and speed together.
+    """
+
+    number: int
+    kl: float
+    kl_se: float
+    gigabytes: float
+    speed: float
+    form: str
+    baseline: str | None
+    on_front: bool
+    winner: bool
+    complete: bool
+
+    @property
+    def label(self) -> str | None:
+        """What is written beside it: winners and baselines have names."""
+        if self.winner:
+            return f"winner, {self.form}" + (f" ({self.baseline})" if self.baseline else "")
+        return self.baseline
 
 
-def _label(trial: dict[str, Any]) -> str:
-    s = trial["scores"]
-    name = trial.get("baseline") or kind_of(trial)
-    return (
-        f"trial {trial['number']} ({name})<br>KL {s['kl']:.4f} ± {s['kl_se']:.4f}<br>"
-        f"{s['target_bytes'] / 1e9:.2f} GB, {s['tokens_per_second']:.1f} tokens/s"
-    )
-
-
-def write_html(
-    trials: Sequence[dict[str, Any]], chosen: Sequence[int], title: str, budget: int, path: Path
-) -> None:
-    """An interactive plot, self-contained: KL against predicted speed, size in the hover text."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for kind, colour in _COLOURS.items():
-        group = [t for t in trials if kind_of(t) == kind]
-        figure.add_trace(
-            go.Scatter(
-                x=[t["scores"]["tokens_per_second"] for t in group],
-                y=[t["scores"]["kl"] for t in group],
-                text=[_label(t) for t in group],
-                hoverinfo="text",
-                mode="markers",
-                name=kind,
-                marker={"size": 9, "color": colour, "opacity": 0.75},
-            )
+def marks(result: dict[str, Any]) -> list[Mark]:
+    """Every trial of result.json; numbers that are not above 0 have no place on a log axis."""
+    on_front, won = set(result["front"]), set(result["winners"].values())
+    return [
+        Mark(
+            number=r["number"],
+            kl=r["scores"]["kl"],
+            kl_se=r["scores"]["kl_se"],
+            gigabytes=r["scores"]["target_bytes"] / 1e9,
+            speed=r["scores"]["tokens_per_second"],
+            form=PORTABLE if r["portable"] else RAGGED,
+            baseline=r.get("baseline"),
+            on_front=r["number"] in on_front,
+            winner=r["number"] in won,
+            complete=r["state"] == "COMPLETE",
         )
-    line = sorted(
-        (t for t in trials if t["number"] in set(chosen)), key=lambda t: t["scores"]["tokens_per_second"]
-    )
-    figure.add_trace(
-        go.Scatter(
-            x=[t["scores"]["tokens_per_second"] for t in line],
-            y=[t["scores"]["kl"] for t in line],
-            mode="markers",
-            name="Pareto front",
-            hoverinfo="skip",
-            marker={"size": 15, "symbol": "circle-open", "color": "#111827", "line": {"width": 2}},
+        for r in result["trials"]
+        if r["scores"]["kl"] > 0
+    ]
+
+
+def by_size(shown: Sequence[Mark]) -> list[Mark]:
+    """The front of KL and size alone, by ascending size."""
+    best = front([(m.kl, m.gigabytes, 0.0) for m in shown])
+    return sorted((shown[i] for i in best), key=lambda m: m.gigabytes)
+
+
+def by_speed(shown: Sequence[Mark]) -> list[Mark]:
+    """The front of KL and speed alone, by ascending speed."""
+    best = front([(m.kl, 0.0, m.speed) for m in shown])
+    return sorted((shown[i] for i in best), key=lambda m: m.speed)
+
+
+def named(shown: Sequence[Mark]) -> list[Mark]:
+    """Those with a name, winners first."""
+    return sorted((m for m in shown if m.label), key=lambda m: (not m.winner, -m.kl))
+
+
+def corners(line: Sequence[tuple[float, float]], first_along: bool) -> list[tuple[float, float]]:
+    """Corners of the steps through points by ascending x; each step goes along x first, or along y."""
+    out = list(line[:1])
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        out += [(x1, y0) if first_along else (x0, y1), (x1, y1)]
+    return out
+
+
+@dataclass(frozen=True)
+class Words:
+    """Titles and axes of the pictures of one result.json."""
+
+    title: str
+    note: str
+    kl: str
+    size: str
+    speed: str
+    budget: str
+
+    @classmethod
+    def of(cls, result: dict[str, Any], hidden: str) -> Words:
+        """Args: result.json, and where trials that were stopped early went (`are left out`)."""
+        shown = marks(result)
+        stopped = sum(not m.complete for m in shown)
+        target, model = result["target"], result["model"]
+        note = f"{len(shown) - stopped} trials, KL on the search text, before repairs"
+        if stopped:
+            note += f"; {stopped} stopped early, on fewer tokens, {hidden}"
+        what = target if target == model else f"{model} for {target}"
+        budget = f"{result['budget_bytes'] / 1e9:.4g} GB"
+        return cls(
+            title=f"{what} within {budget}",
+            note=note,
+            kl=f"KL(base || compressed) of {model} (nats per token)",
+            size=f"file size of {target} (GB)",
+            speed=f"predicted decode speed of {target} on {result['device']} (tokens/s)",
+            budget=f"budget, {budget}",
         )
-    )
-    figure.update_layout(
-        title=f"{title}: KL against speed, all within {budget / 1e9:.4g} GB",
-        xaxis_title="predicted tokens/s of the target",
-        yaxis_title="KL divergence of the searched model (nats per token)",
-        yaxis_type="log",
-        template="plotly_white",
-    )
-    write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
-
-
-def write_png(
-    trials: Sequence[dict[str, Any]], chosen: Sequence[int], title: str, budget: int, path: Path
-) -> None:
-    """The same as a picture: KL against size on the left, against speed on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, constrained_layout=True)
-    on_front = set(chosen)
-    for kind, colour in _COLOURS.items():
-        group = [t for t in trials if kind_of(t) == kind]
-        for axis, x in zip(axes, (_gigabytes, _speed), strict=True):
-            axis.scatter([x(t) for t in group], [t["scores"]["kl"] for t in group], s=34, c=colour,
-                         alpha=0.75, label=kind, edgecolors="none")  # fmt: skip
-    line = [t for t in trials if t["number"] in on_front]
-    for axis, x in zip(axes, (_gigabytes, _speed), strict=True):
-        axis.scatter([x(t) for t in line], [t["scores"]["kl"] for t in line], s=110, facecolors="none",
-                     edgecolors="#111827", linewidths=1.4, label="Pareto front")  # fmt: skip
-        axis.set_yscale("log")
-        axis.grid(alpha=0.25)
-    axes[0].axvline(budget / 1e9, color="#b91c1c", linewidth=1, linestyle="--", label="budget")
-    axes[0].set_xlabel("file size of the target (GB)")
-    axes[1].set_xlabel("predicted tokens/s of the target")
-    axes[0].set_ylabel("KL divergence of the searched model (nats/token)")
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(title)
-    with atomic(path) as stream:
-        figure.savefig(stream, dpi=120, format="png")
-    pyplot.close(figure)
-
-
-def _gigabytes(trial: dict[str, Any]) -> float:
-    return float(trial["scores"]["target_bytes"]) / 1e9
-
-
-def _speed(trial: dict[str, Any]) -> float:
-    return float(trial["scores"]["tokens_per_second"])

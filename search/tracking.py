@@ -1,7 +1,9 @@
 """MLflow: one parent run per study, one child run per trial, written by the driver only.
 
-One `log_batch` per trial: asynchronous logging was measured 20 times slower,
-and several writers on one SQLite file 4 times.
+One `log_batch` per trial: MLflow's asynchronous logging was measured 20 times
+slower, and several writers on one SQLite file 4 times. Trials are written by one
+thread, as a database waits for the disk longer than it computes; their artifacts
+go straight into a local artifact folder. `experiments.tracking_time` measures it.
 """
 
 from __future__ import annotations
@@ -10,28 +12,25 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from optuna import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
+from compression.files import write_text
+from search.results import tensor_types
+from search.tracking_view import VIEW_KEY, saved_view
+from search.trial_row import row
 from spaces.candidate import Candidate
 from spaces.errors import UserError
-
-_METRICS = {
-    "kl": "kl_nats",
-    "kl_se": "kl_se_nats",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits_per_byte",
-    "top1": "top1_agreement",
-    "tokens": "scored_tokens",
-    "target_bytes": "target_bytes",
-    "model_bytes": "model_bytes",
-    "device_memory_bytes": "device_memory_bytes",
-    "tokens_per_second": "target_tokens_per_second",
-}
+from spaces.inventory import Inventory
 
 
 class Tracker:
@@ -42,30 +41,58 @@ class Tracker:
         uri: Tracking server; None is a SQLite file in `out`.
         out: Folder of the run.
         params: What the parent run is labelled with.
+        inventory: Of the searched model.
+
+    Attributes:
+        client: MLflow's client of the tracking server and its model registry.
+        parent: Id of the study's run.
+
+    Raises:
+        UserError: MLflow cannot use the URI, or nothing answers there.
     """
 
-    def __init__(self, study: Study, uri: str | None, out: Path, params: dict[str, Any]) -> None:
+    def __init__(
+        self, study: Study, uri: str | None, out: Path, params: Mapping[str, Any], inventory: Inventory
+    ) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+        # A server's client would print two lines for every trial.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow
-        from mlflow.exceptions import MlflowException
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        self.study = study
+        self.study, self.inventory = study, inventory
         self.uri = uri or f"sqlite:///{out / 'mlflow.db'}"
-        try:
-            self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        _answers(self.uri)
+        with self.told("cannot be used"):
+            self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment = self._experiment(out if uri is None else None)
             self.parent = self._parent(params)
-        except (MlflowException, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"--tracking-uri {self.uri}: MLflow cannot use it ({reason})") from error
-        runs = self.client.search_runs(
-            [self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'", max_results=50_000
-        )
-        self._logged = {r.data.tags.get("trial"): r.info.run_id for r in runs}
+            runs = self.client.search_runs(
+                [self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'", max_results=50_000
+            )
+            self._logged = {r.data.tags["trial"]: r for r in runs if r.info.status == "FINISHED"}
+            for cut_short in (r for r in runs if r.info.status != "FINISHED"):
+                self.client.delete_run(cut_short.info.run_id)
+        self._writer = ThreadPoolExecutor(1, "mlflow")
+        self._queue: dict[str, Future[Any]] = {}
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Turns what MLflow raises into one line on the tracking URI."""
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise UserError(
+                f"--tracking-uri {self.uri}: {what} ({reason}); give a URI MLflow can write to, as "
+                "sqlite:///FILE or http://HOST:PORT, and run the same command again"
+            ) from error
 
     def _experiment(self, out: Path | None) -> str:
         name = self.study.study_name
@@ -74,63 +101,145 @@ class Tracker:
             return str(found.experiment_id)
         # Without a location MLflow would put artifacts under the current folder.
         location = None if out is None else (out / "mlartifacts").as_uri()
-        return str(self.client.create_experiment(name, artifact_location=location))
+        tags = {"mlflow.experimentKind": "custom_model_development", VIEW_KEY: saved_view()}
+        return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
 
-    def _parent(self, params: dict[str, Any]) -> str:
+    def _parent(self, params: Mapping[str, Any]) -> str:
+        from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
         known = self.study.user_attrs.get("mlflow_run")
         if known is not None:
             with contextlib.suppress(MlflowException):
-                self.client.get_run(known)
-                return str(known)
+                if self.client.get_run(known).info.lifecycle_stage == "active":
+                    self.client.update_run(known, status="RUNNING")
+                    return str(known)
         tags = {"mlflow.runName": f"study {self.study.study_name}", "kind": "study"}
         run = self.client.create_run(self.experiment, tags=tags)
-        for key, value in params.items():
-            self.client.log_param(run.info.run_id, key, str(value)[:500])
+        labels = [Param(key, str(value)[:500]) for key, value in params.items()]
+        self.client.log_batch(run.info.run_id, params=labels)
         self.study.set_user_attr("mlflow_run", run.info.run_id)
         return str(run.info.run_id)
 
     def log_trial(
         self, trial: FrozenTrial, candidate: Candidate, rank_correlation: float | None = None
     ) -> None:
-        """Writes a finished trial as a child run, once; with how well the predictor ranked by then."""
-        from mlflow.entities import Metric, Param, RunTag
+        """Has a finished trial written as a child run, once; with how well the predictor ranked by then.
 
-        if str(trial.number) in self._logged:
+        A trial that a killed run was writing is written anew.
+
+        Raises:
+            UserError: An earlier trial could not be written.
+        """
+        number = str(trial.number)
+        if number in self._logged or number in self._queue:
             return
-        now = int(time.time() * 1000)
-        begun = int(trial.datetime_start.timestamp() * 1000) if trial.datetime_start else now
-        name = trial.user_attrs.get("baseline") or f"trial {trial.number}"
-        tags = {"mlflow.parentRunId": self.parent, "mlflow.runName": name, "trial": str(trial.number)}
-        run = self.client.create_run(self.experiment, start_time=begun, tags=tags)
-        scores, plan = trial.user_attrs["scores"], candidate.plan
-        kept, top_k = [n for _, n in plan.kept], [k for _, k in plan.top_k]
-        summary = {
-            "form": "portable" if candidate.portable else "ragged",
-            "experts_kept": ",".join(map(str, kept)),
-            "top_k": ",".join(map(str, top_k)),
-            "baseline": trial.user_attrs.get("baseline", ""),
-        }
-        metrics = {_METRICS[k]: float(v) for k, v in scores.items() if k in _METRICS}
-        metrics |= {"experts_kept_mean": sum(kept) / len(kept), "top_k_mean": sum(top_k) / len(top_k)}
-        metrics["predicted_kl_nats"] = float(trial.user_attrs["predicted_kl"])
+        for queued in list(self._queue.values()):
+            if queued.done():
+                queued.result()
+        params, figures = row(trial, candidate, self.inventory)
         if rank_correlation is not None:
-            metrics["predictor_rank_correlation"] = rank_correlation
-        self.client.log_batch(
-            run.info.run_id,
-            metrics=[Metric(k, v, now, 0) for k, v in metrics.items()],
-            params=[Param(k, v) for k, v in summary.items()],
-            tags=[RunTag("state", trial.state.name), RunTag("candidate", candidate.key)],
-        )
-        self.client.log_dict(run.info.run_id, json.loads(candidate.to_json()), "candidate.json")
-        self.client.set_terminated(run.info.run_id, "FINISHED")
-        self._logged[str(trial.number)] = run.info.run_id
+            figures["predictor_rank_correlation"] = rank_correlation
+        self._queue[number] = self._writer.submit(self._write, trial, candidate, params, figures)
 
-    def finish(self, metrics: dict[str, float], files: list[Path]) -> None:
-        """Puts the study's outcome and pictures on the parent run."""
-        for key, value in metrics.items():
-            self.client.log_metric(self.parent, key, value)
-        for file in files:
-            self.client.log_artifact(self.parent, str(file))
-        self.client.set_terminated(self.parent, "FINISHED")
+    def _write(
+        self, trial: FrozenTrial, candidate: Candidate, params: dict[str, str], figures: dict[str, float]
+    ) -> Any:
+        """Writes a trial; returns its run."""
+        from mlflow.entities import Param, RunTag
+
+        begun, ended = _milliseconds(trial.datetime_start), _milliseconds(trial.datetime_complete)
+        name = trial.user_attrs.get("baseline") or f"trial {trial.number}"
+        own = {"mlflow.parentRunId": self.parent, "mlflow.runName": name, "trial": str(trial.number)}
+        with self.told("was lost"):
+            run = self.client.create_run(self.experiment, start_time=begun, tags=own)
+            self.client.log_batch(
+                run.info.run_id,
+                metrics=_metrics(figures, ended),
+                params=[Param(k, v) for k, v in params.items()],
+                tags=[RunTag("candidate", candidate.key)],
+            )
+            self._put(run, "candidate.json", candidate.to_json() + "\n")
+            self._put(run, "tensor-types.txt", tensor_types(candidate.plan))
+            self.client.set_terminated(run.info.run_id, "FINISHED", ended)
+        return run
+
+    def flush(self) -> None:
+        """Waits until every trial is written.
+
+        Raises:
+            UserError: A trial could not be written.
+        """
+        while self._queue:
+            number = next(iter(self._queue))
+            self._logged[number] = self._queue[number].result()
+            del self._queue[number]
+
+    def log_report(self, trial: FrozenTrial, figures: dict[str, float], content: dict[str, Any]) -> None:
+        """Adds a finalist's scores on text no trial saw to its run, all of them as report.json."""
+        self.flush()
+        run = self._logged[str(trial.number)]
+        with self.told("was lost"):
+            # The time of the trial, so that a rerun writes nothing twice.
+            self.client.log_batch(
+                run.info.run_id, metrics=_metrics(figures, _milliseconds(trial.datetime_complete))
+            )
+            self._put(run, "report.json", json.dumps(content, indent=1) + "\n")
+
+    def _put(self, run: Any, name: str, text: str) -> None:
+        """Writes an artifact, in place where the artifact folder is on this machine."""
+        where = urlparse(run.info.artifact_uri)
+        if where.scheme in ("", "file"):
+            write_text(Path(unquote(where.path)) / name, text)
+        else:
+            self.client.log_text(run.info.run_id, text, name)
+
+    def finish(self, figures: dict[str, float], files: Mapping[str, Sequence[Path]], note: str) -> None:
+        """Puts the study's outcome on the parent run.
+
+        Args:
+            figures: Metrics.
+            files: Artifact folder (empty for the top one) to files; those that do not exist are left out.
+            note: Markdown, shown as the run's description.
+        """
+        from mlflow.entities import RunTag
+
+        self.flush()
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        complete = sum(t.state == TrialState.COMPLETE for t in done)
+        counts = {"trials_complete": float(complete), "trials_stopped_early": float(len(done) - complete)}
+        with self.told("was lost"):
+            self.client.log_batch(
+                self.parent,
+                metrics=_metrics(figures | counts, _milliseconds(None)),
+                tags=[RunTag("mlflow.note.content", note)],
+            )
+            for folder, paths in files.items():
+                for path in filter(Path.is_file, paths):
+                    self.client.log_artifact(self.parent, str(path), folder or None)
+            self.client.set_terminated(self.parent, "FINISHED")
+
+
+def _metrics(figures: Mapping[str, float], timestamp: int) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(name, value, timestamp, 0) for name, value in figures.items()]
+
+
+def _milliseconds(moment: datetime | None) -> int:
+    return int((moment.timestamp() if moment else time.time()) * 1000)
+
+
+def _answers(uri: str) -> None:
+    """Tries a server's port: MLflow itself would try for minutes."""
+    where = urlparse(uri)
+    if where.scheme not in ("http", "https"):
+        return
+    try:
+        port = where.port or (443 if where.scheme == "https" else 80)
+        socket.create_connection((where.hostname or "", port), timeout=3).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--tracking-uri {uri}: no server answers there ({error}); start one with `mlflow server`, "
+            "or leave the option out"
+        ) from error
