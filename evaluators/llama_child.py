@@ -21,9 +21,6 @@ from evaluators.llama_cpp import EXPORT_AGAIN
 from evaluators.llama_runtime import LlamaModel, most_likely
 from evaluators.shared_prefix import Item, Pack, pack, unique_rows
 
-_PACK = 256  # tokens computed together; a cache that others fill too slows attention
-_BRANCHES = 64  # continuations computed together; llama.cpp takes up to 256 sequences
-
 
 def _logits(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     windows = np.load(folder / "windows.npy")
@@ -70,7 +67,7 @@ def _generations(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def _loglikelihoods(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     items = [Item(tuple(context), tuple(map(tuple, after))) for context, after in request["items"]]
-    packs = pack(items, _PACK, _BRANCHES)
+    packs = pack(items)
     length, branches = max(len(p.tokens) for p in packs), max(len(p.scores) for p in packs)
     found: dict[tuple[int, int], tuple[float, bool]] = {}
     with LlamaModel(

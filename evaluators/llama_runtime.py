@@ -77,7 +77,8 @@ class LlamaModel:
             raise llama.failure("the file does not load")
 
         settings = self._lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_outputs_max = context
+        settings.n_ctx = settings.n_batch = context
+        settings.n_outputs_max = max(context, sequences)  # it makes room for one of every sequence
         settings.n_ubatch = min(context, _UBATCH)
         settings.n_threads = settings.n_threads_batch = threads
         # In one cache, so that a token may be of several sequences.

@@ -85,6 +85,28 @@ def load(name: str, files: dict[str, Path]) -> dict[str, Any]:
     return tasks
 
 
+def check(name: str, task: Any, max_length: int) -> None:
+    """Refuses a task that a model of `max_length` tokens cannot be asked, or not twice alike.
+
+    Raises:
+        UserError: It has no items, samples its answers, or leaves no room for the question.
+    """
+    if not len(task.eval_docs):
+        raise UserError(f"task {name!r} has no items; choose another task")
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    options = normalize_gen_kwargs(task.config.generation_kwargs or {})
+    if options.get("do_sample"):
+        raise UserError(f"task {name!r} samples its answers, which compares chance; choose another task")
+    if options["max_gen_toks"] >= max_length:
+        raise UserError(
+            f"task {name!r} generates {options['max_gen_toks']} tokens, which leaves no room for the "
+            f"question in a context of {max_length}; choose another task"
+        )
+
+
 @functools.cache
 def _hub() -> Any:
     """lm-eval's index of its own tasks: thousands of files, so read once per process."""

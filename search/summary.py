@@ -38,8 +38,10 @@ def show(
             "on which the decisions were searched"
         )
     for row, scores in result["tasks"].items():
-        values = "  ".join(f"{t} {s['value']:.3f} ± {s['standard_error']:.3f}" for t, s in scores.items())
-        console.print(f"lm-eval {'base' if row == 'base' else 'trial ' + row:<10} {values}")
+        name = {"base": "base", "gguf": "llama.cpp"}.get(row, f"trial {row}")
+        console.print(f"lm-eval {name:<10} {'  '.join(_score(t, s) for t, s in scores.items())}")
+    if len(result["tasks"]) > 1:
+        console.print("in brackets: difference from base over the same items")
     export = result["export"]
     if export:
         check = export["llama_cpp"]
@@ -57,6 +59,14 @@ def show(
     # Printed plain, so that a terminal's width never breaks a command in two.
     print(f"mlflow ui --backend-store-uri {tracking_uri}")
     print(f"python -m search.export --study {options.study} --trial best{storage}")
+
+
+def _score(task: str, score: dict[str, Any]) -> str:
+    """A task's score, and its difference from the base model's where items are paired."""
+    paired = ""
+    if "difference" in score:
+        paired = f" ({score['difference']:+.3f} ± {score['difference_se']:.3f})"
+    return f"{task} {score['value']:.3f} ± {score['standard_error']:.3f}{paired}"
 
 
 def _short(path: Path) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from compression.files import atomic, write_text
 from evaluators.texts import TextSet
+from search.evidence_jobs import EvidenceJobs
 from search.repair_jobs import RepairJobs
 
 
@@ -66,7 +67,7 @@ def load_text(name: str, folder: Path) -> TextSet:
         return TextSet(name, data["windows"], sources, float(data["bytes_per_token"]))
 
 
-class Worker(RepairJobs):
+class Worker(RepairJobs, EvidenceJobs):
     """Runs jobs by name: every public method is one."""
 
     def __init__(self, setup: Setup) -> None:
@@ -144,15 +145,14 @@ class Worker(RepairJobs):
     @cached_property
     def harness(self) -> Any:
         from compression.checkpoint import load_tokenizer
-        from evaluators.harness import Harness
-        from evaluators.texts import WINDOW
+        from evaluators.harness import Harness, task_context
 
         return Harness(
             load_tokenizer(self.checkpoint.path),
             self.setup.tasks,
             limit=self.setup.limit,
             tasks_path=Path(self.setup.tasks_path) if self.setup.tasks_path else None,
-            max_length=WINDOW,
+            max_length=task_context(self.checkpoint.family.config),
         )
 
     def _text(self, name: str, tokens: int) -> TextSet:
@@ -164,11 +164,11 @@ class Worker(RepairJobs):
         states: np.ndarray = np.load(self.cache / f"base-{name}.npy", mmap_mode="r")
         return states
 
-    def _spread(self, tokens: int) -> tuple[TextSet, np.ndarray]:
-        """A few search tokens of every kind of text, and their base states."""
-        text = self._text("search", 10**9).spread(tokens)
+    def _spread(self, tokens: int, name: str = "search") -> tuple[TextSet, np.ndarray]:
+        """A few tokens of every kind of text, and their base states."""
+        text = self._text(name, 10**9).spread(tokens)
         # What is attended to lies before a token, so that the start of a window has the same states alone.
-        return text, self._states("search")[:, : text.windows.shape[1]]
+        return text, self._states(name)[:, : text.windows.shape[1]]
 
     def calibrate(self) -> int:
         """Writes calibration.npz; returns the tokens it took."""
@@ -293,9 +293,17 @@ class Worker(RepairJobs):
         overrides = self.repairs(Candidate.from_json(candidate)) if candidate and repaired else None
         self.model.use(overrides)
         try:
-            scores = self.harness.score(self.model.model)
+            # A streamed model is read anew for every pass.
+            scores = self.harness.score(self.model.model, tokens=2**14 if self.setup.stream else None)
         finally:
             self.model.use(None)
+        return {name: asdict(score) for name, score in scores.items()}
+
+    def tasks_of_file(self, path: str) -> dict[str, dict[str, Any]]:
+        """lm-eval scores of an exported GGUF file in llama.cpp."""
+        from dataclasses import asdict
+
+        scores = self.harness.score_file(Path(path), threads=self.setup.threads)
         return {name: asdict(score) for name, score in scores.items()}
 
     def export(self, candidate: str, path: str, repaired: bool = False) -> int:

@@ -102,11 +102,25 @@ def test_random_model_is_at_chance_quietly(tokenizer: Any, model: Any, capfd: An
     assert (lastword.metric, lastword.value) == ("acc", 0.0)
 
 
-def test_limit_takes_the_first_items(tokenizer: Any, model: Any) -> None:
-    few, more = (_harness(tokenizer, ["bb_agreement"], n).score(model)["bb_agreement"] for n in (7, 30))
-    assert (few.items, more.items) == (7, 30)
-    assert few.correct == more.correct[:7]
+def test_a_smaller_subset_is_a_part_of_a_larger_one(tokenizer: Any, model: Any) -> None:
+    few, more, every = (
+        _harness(tokenizer, ["bb_agreement"], n).score(model)["bb_agreement"] for n in (7, 30, 10**6)
+    )
+    assert (few.items, more.items, every.items) == (7, 30, len(set(every.ids)))
+    assert few.ids == more.ids[:7] == every.ids[:7]
+    assert few.correct == more.correct[:7] == every.correct[:7]
+    assert more.correct == every.correct[:30]
+    assert list(every.ids) != sorted(every.ids)
+    assert max(few.ids) > 60  # not the first of the file
     assert 0 < sum(more.correct) < 30
+
+
+def test_results_belong_to_their_items(tokenizer: Any, model: Any, tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 2, 50).tolist()
+    _write_task(tmp_path, "short", _short_or_long(labels))
+    score = _harness(tokenizer, ["short"], 20, tasks_path=tmp_path).score(model)["short"]
+    assert score.correct == tuple(1 - labels[i] for i in score.ids)
+    assert 0 < sum(score.correct) < 20
 
 
 @pytest.mark.parametrize("limit", [0, -3])
@@ -124,7 +138,8 @@ def test_tasks_of_a_users_folder(tokenizer: Any, model: Any, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)  # a relative folder, and data relative to the task file
     assert known_tasks(Path("mine")) == sorted([*_SHIPPED, "short", "ppl"])
     scores = _harness(tokenizer, ["short", "ppl"], limit=100, tasks_path=Path("mine")).score(model)
-    assert scores["short"].correct == tuple(1 - label for label in labels)
+    short = scores["short"]
+    assert sorted(zip(short.ids, short.correct, strict=True)) == [(i, 1 - y) for i, y in enumerate(labels)]
     ppl = scores["ppl"]
     assert (ppl.metric, ppl.standard_error, ppl.correct) == ("perplexity", math.inf, ())
     assert ppl.value > 100
@@ -188,10 +203,13 @@ def test_hub_and_unknown_tasks_offline(tmp_path: Path, index: str) -> None:
 
 
 def test_paired_difference() -> None:
-    base = TaskScore("acc", 0.5, 0.29, 4, (1, 1, 0, 0))
-    other = TaskScore("acc", 0.25, 0.25, 4, (1, 0, 0, 0))
+    ids = (4, 2, 0, 1)
+    base = TaskScore("acc", 0.5, 0.29, 4, ids, (1, 1, 0, 0))
+    other = TaskScore("acc", 0.25, 0.25, 4, ids, (1, 0, 0, 0))
     assert paired_difference(base, other) == (-0.25, 0.25)
     assert paired_difference(other, base) == (0.25, 0.25)
     assert paired_difference(base, base) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="3 and 4"):
-        paired_difference(TaskScore("acc", 1.0, 0.0, 3, (1, 1, 1)), base)
+    more = TaskScore("acc", 0.6, 0.24, 5, (1, 0, 9, 2, 4), (1, 0, 1, 0, 1))  # in another order, and one more
+    assert paired_difference(base, more) == (0.0, pytest.approx(math.sqrt(2 / 3 / 4)))
+    with pytest.raises(ValueError, match="1 and 4"):
+        paired_difference(TaskScore("acc", 1.0, 0.0, 1, (7,), (1,)), base)
