@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+pytest_plugins = ("tests.finished_run",)
+
 if TYPE_CHECKING:
     from compression.calibration import Calibration
     from compression.candidate_model import CandidateModel

@@ -30,7 +30,8 @@ def rivals(facts: Facts) -> list[tuple[str, int, bool, Quality]]:
     for number in sorted(facts.winners | {facts.number}):
         record = next(t for t in facts.result["trials"] if t["number"] == number)
         form = "portable" if record["portable"] else "ragged"
-        kind = "winner" if number in facts.winners else "trial"
+        name = record.get("baseline")
+        kind = ("winner" if number in facts.winners else "trial") + (f" (baseline {name})" if name else "")
         for repaired in (True, False):
             if repaired and not facts.result["repairs"].get(str(number), {}).get("used"):
                 continue
