@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_run_scores_the_winners_and_the_exported_file_against_the_base(
     finished: tuple[list[str], Path, dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments, out, result = finished
+    arguments, out, _ = finished
     at = arguments.index("--tasks")
     asked = [*arguments[:at], "--tasks", "bb_agreement,local_lastword", "--limit", "40", *arguments[at + 2 :]]
-    tasks = Search.open(parse(asked)).run()["tasks"]
+    result = Search.open(parse(asked)).run()
+    tasks = result["tasks"]
     shown = capsys.readouterr().out
     winners = [str(n) for n in result["winners"].values() if n is not None]
     assert list(tasks) == ["base", *winners, "gguf"]
