@@ -127,8 +127,8 @@ class Search:
         storage = open_storage(o.storage, o.out / "study.journal")
         study = open_study(o.study, storage, self.identity(texts))
         stages.keep_texts(self.cache, texts, about)
-        study.set_user_attr("settings", self._settings())
         stream = streams(o.stream, self.checkpoint.inventory, o.workers)
+        study.set_user_attr("settings", self._settings() | {"streamed": stream})
         setup = Setup(
             str(self.checkpoint.path), self.checkpoint.inventory.name, str(self.cache), o.runtime,
             o.tasks, o.limit, str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,

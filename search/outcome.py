@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,8 @@ def _row(score: dict[str, Any], base: dict[str, Any], name: str) -> dict[str, An
     row = {k: v for k, v in score.items() if k not in ("correct", "ids")}
     if name != "base" and score["correct"] and base["correct"]:
         row["difference"], row["difference_se"] = paired_difference(TaskScore(**base), TaskScore(**score))
-    return row
+    # JSON has no infinity.
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _export(run: Running, verdict: Verdict) -> dict[str, Any] | None:

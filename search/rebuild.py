@@ -64,7 +64,7 @@ class OpenStudy:
                 str(cache),
                 settings["runtime"],
                 exportable=settings["export"],
-                stream=streams(settings.get("stream", "auto"), inventory, 1),
+                stream=settings.get("streamed", streams(settings.get("stream", "auto"), inventory, 1)),
                 types=tuple(settings.get("types", ())),
             )
         )
@@ -87,7 +87,7 @@ class OpenStudy:
                 return next(t for t in complete if t.number == chosen)
             portable = [t for t in complete if self.candidate(t).portable]
             return min(portable or complete, key=lambda t: (t.user_attrs["scores"]["kl"], t.number))
-        if not which.isdigit():
+        if not which.isdecimal():
             raise UserError(f"--trial must be best or a trial's number, got {which!r}")
         for t in done:
             if t.number == int(which):

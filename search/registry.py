@@ -47,6 +47,8 @@ def register(client: Any, name: str, model: Path, run: str, tags: Mapping[str, s
         source = f"runs:/{run}/winner" if remote else model.as_uri()
         made = client.create_model_version(name, source, run, tags=tags, description=description)
         version = str(made.version)
+        for old in known:  # their files have been written over
+            client.set_model_version_tag(name, str(old.version), "superseded_by", version)
     else:
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)

@@ -65,8 +65,13 @@ def _score(task: str, score: dict[str, Any]) -> str:
     """A task's score, and its difference from the base model's where items are paired."""
     paired = ""
     if "difference" in score:
-        paired = f" ({score['difference']:+.3f} ± {score['difference_se']:.3f})"
-    return f"{task} {score['value']:.3f} ± {score['standard_error']:.3f}{paired}"
+        paired = f" ({score['difference']:+.3f}{spread(score['difference_se'])})"
+    return f"{task} {score['value']:.3f}{spread(score['standard_error'])}{paired}"
+
+
+def spread(error: float | None) -> str:
+    """A standard error as it follows a figure; nothing where there is none."""
+    return "" if error is None else f" ± {error:.3f}"
 
 
 def _short(path: Path) -> str:

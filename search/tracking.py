@@ -68,7 +68,7 @@ class Tracker:
         _answers(self.uri)
         with self.told("cannot be used"):
             self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-            self.experiment = self._experiment(out if uri is None else None)
+            self.experiment = self._experiment(out if self.uri.startswith("sqlite:") else None)
             self.parent = self._parent(params)
             runs = self.client.search_runs(
                 [self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'", max_results=50_000

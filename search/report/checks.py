@@ -15,6 +15,7 @@ READING = 5.0
 """Tokens per second that a person reads at; the paper's own target."""
 
 _SENSITIVITY_BITS = "Q2_K"
+_MANY = 64  # experts
 
 
 def activation(facts: Facts) -> Picture:
@@ -26,16 +27,22 @@ def activation(facts: Facts) -> Picture:
     made, axes = draw.figure(columns=2, height=1.6 + 0.22 * min(40, len(share)))
     layers = [str(i) for i in facts.source.moe_layers]
     names = [str(i) for i in range(facts.source.experts)]
-    draw.heat_map(axes[0], share, layers, names, "use (1 = even)", cmap="cividis")
-    axes[0].set_xlabel("expert (crosses: pruned)")
+    many = facts.source.experts > _MANY
+    there = share.copy()
+    if many:  # too many for crosses: what is pruned is left white
+        for row, m in enumerate(facts.candidate.layers):
+            there[row, ~np.isin(np.arange(facts.source.experts), m.experts)] = np.nan
+    draw.heat_map(axes[0], there, layers, names, "use (1 = even)", cmap="cividis")
+    axes[0].set_xlabel("expert (white: pruned)" if many else "expert (crosses: pruned)")
     axes[0].set_ylabel("layer")
     for row, m in enumerate(facts.candidate.layers):
         gone = [e for e in range(facts.source.experts) if e not in set(m.experts)]
-        axes[0].plot(gone, [row] * len(gone), "x", color="white", markersize=5, markeredgewidth=1.2)
+        if not many:
+            axes[0].plot(gone, [row] * len(gone), "x", color="white", markersize=5, markeredgewidth=1.2)
     for row, m in enumerate(facts.candidate.layers):
         axes[1].plot(range(1, len(names) + 1), ordered[row], color=draw.BLUE, alpha=0.5, linewidth=1)
         places = np.flatnonzero(~np.isin(order[row], m.experts))
-        axes[1].plot(places + 1, ordered[row][places], "x", color=draw.RED, markersize=5)
+        axes[1].plot(places + 1, ordered[row][places], "x", color=draw.RED, markersize=2 if many else 5)
     axes[1].axhline(1, color=draw.GREY, linewidth=1, linestyle="--")
     axes[1].set_xlabel("expert, most used first (crosses: pruned)")
     axes[1].set_ylabel("use (1 = even)")
@@ -103,9 +110,10 @@ def contributions(facts: Facts) -> Picture:
     axes[2].set_xticks(draw.ticks(count))
     axes[2].set_xlabel("layer")
     axes[2].set_ylabel("KL (nats per token)")
-    axes[2].legend(frameon=False, fontsize=8)
-    for axis, title in zip(axes[1:], ("types of one role alone", "one layer alone"), strict=True):
-        axis.set_title(title, fontsize=10)
+    axes[2].legend(
+        frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), title="one layer alone"
+    )
+    axes[1].set_title("types of one role alone", fontsize=10)
     return Picture(
         "contributions",
         draw.png(made),
@@ -118,10 +126,12 @@ def sensitivity(facts: Facts) -> Picture:
     """Layers under two metrics: KL, and error of the weights."""
     inventory, space = facts.source, facts.space
     kl, error = np.zeros(inventory.layers), np.zeros((2, inventory.layers))
+    kinds: dict[str, int] = {}
     for t in inventory.quantizable:
         if t.layer is None:
             continue
         kind = space.nearest(t, _SENSITIVITY_BITS)
+        kinds[kind] = kinds.get(kind, 0) + t.parameters
         kl[t.layer] += facts.costs.costs[facts.costs.index[t.name, kind]]
         found = facts.errors.get((t.name, kind))
         if found is not None:
@@ -132,14 +142,15 @@ def sensitivity(facts: Facts) -> Picture:
                    for c in space.criteria)
         for layer in inventory.moe_layers
     }  # fmt: skip
+    used = max(kinds, key=lambda k: kinds[k])
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = 100 * error[0] / error[1]
     made, axes = draw.figure(columns=3, width=12, height=3.1)
     x = np.arange(inventory.layers)
     axes[0].bar(x, kl, color=draw.BLUE)
-    axes[0].set_ylabel(f"KL of all its tensors in {_SENSITIVITY_BITS} (nats)")
+    axes[0].set_ylabel(f"KL of all its tensors in {used} (nats)")
     axes[1].bar(x, relative, color=draw.GREEN)
-    axes[1].set_ylabel(f"weighted error in {_SENSITIVITY_BITS} (%)")
+    axes[1].set_ylabel(f"weighted error in {used} (%)")
     axes[2].bar(list(pruning), list(pruning.values()), color=draw.ORANGE)
     axes[2].set_ylabel(f"KL of keeping {count} of {inventory.experts} experts (nats)")
     for axis in axes:

@@ -74,11 +74,12 @@ def _cost(facts: Facts) -> list[Finding]:
     )
     worst = max(pruning, key=lambda n: pruning[n])
     if pruning[worst] > 0:
-        kept = {str(m.layer): len(m.experts) for m in facts.candidate.layers}[worst]
+        m = next(m for m in facts.candidate.layers if str(m.layer) == worst)
         out.append(
             Finding(
-                f"Of the pruned layers, layer {worst} costs most ({pruning[worst]:.4f} nats alone, {kept} of "
-                f"{facts.source.experts} experts kept)."
+                f"Of what was done to experts, layer {worst} costs most ({pruning[worst]:.4f} nats alone: "
+                f"{len(m.experts)} of {facts.source.experts} experts kept, {m.top_k} of "
+                f"{facts.source.top_k} active)."
             )
         )
     both = whole - sum(parts["only", n] for n in levers)
@@ -148,59 +149,61 @@ def _routing(facts: Facts) -> list[Finding]:
 
 
 def _next(facts: Facts) -> list[Finding]:
-    """What to try: bytes from the lever where they are dear to the one where they are cheap."""
-    levers = _levers(facts)
-    sizes = bytes_by_role(facts)
-    whole, pruned, now = (sum(v[i] for v in sizes.values()) for i in range(3))
-    out = []
-    saved = {"experts": whole - pruned, "types": pruned - now}
-    rate = {n: levers[n] / (b / 1e9) for n, b in saved.items() if b > 0}
-    if len(rate) == 2:
-        dear, cheap = sorted(rate, key=lambda n: -rate[n])
-        if rate[dear] > 1.5 * rate[cheap]:
-            advice = {
-                "experts": "keep more experts and pay with fewer bits",
-                "types": "give more bits and pay with more pruning",
-            }[dear]
-            out.append(
-                Finding(
-                    f"Next: on average a GB saved by {_NAMES[dear]} costs {rate[dear] / rate[cheap]:.1f} "
-                    "x what one "
-                    f"saved by {_NAMES[cheap]} does, so {advice}, in the layers named above first; more "
-                    "trials "
-                    "look for that on their own."
-                )
-            )
-    elif "experts" not in rate:
-        out.append(Finding("Next: nothing is pruned here; with a smaller budget pruning would begin to pay."))
-    out.append(_other_budgets(facts))
-    if facts.number in facts.winners and not facts.repaired:
-        out.append(
-            Finding("Next: repairs are off or did not pay; --repair auto re-fits scales, norms and routers.")
-        )
-    return out
+    """What to try: what the winner does otherwise, and what other budgets would give."""
+    out = [_beside_winner(facts), _other_budgets(facts)]
+    if facts.number in facts.winners and facts.opened.settings.get("repair") == "none":
+        out.append(Finding("Next: --repair auto re-fits scales, norms and routers at no bytes."))
+    return [f for f in out if f is not None]
 
 
-def _other_budgets(facts: Facts) -> Finding:
+def _beside_winner(facts: Facts) -> Finding | None:
+    """How a trial differs from the winner of its form; None where it is the winner."""
+    number = facts.result["winners"].get(facts.form)
+    if number is None or number == facts.number:
+        return None
+    winner = Facts(facts.opened, facts.result, number)
+    own, theirs = (_shape(f) for f in (facts, winner))
+    kl = winner.quality(number)
+    return Finding(
+        f"Next: the {facts.form} winner, trial {number}, keeps {theirs[0]:.1f} experts per layer (this one "
+        f"{own[0]:.1f}), activates {theirs[1]:.1f} ({own[1]:.1f}) and has {theirs[2]:.2f} bits per weight "
+        f"({own[2]:.2f})" + (f"; its KL is {kl.kl:.4f}, before repairs." if kl else ".")
+    )
+
+
+def _shape(facts: Facts) -> tuple[float, float, float]:
+    """Means over layers of experts kept and active, and bits per stored weight."""
+    layers = facts.candidate.layers
+    sizes = bytes_by_role(facts).values()
+    bits = 16 * sum(v[2] for v in sizes) / sum(v[1] for v in sizes)
+    return sum(len(m.experts) for m in layers) / len(layers), sum(m.top_k for m in layers) / len(layers), bits
+
+
+def _other_budgets(facts: Facts) -> Finding | None:
     """What other budgets would give, by the additive model over the whole space."""
     from search.allocator import Allocator
     from spaces.allocation import InfeasibleError
 
-    limit, model = facts.problem.budget.limit, facts.costs
-    found = []
-    for share in (0.85, 1.0, 1.15, 1.3):
+    budget, model = facts.problem.budget, facts.costs
+    form = facts.form if facts.form in facts.space.forms else facts.space.forms[0]
+    most = min(
+        facts.problem.device.memory - budget.overhead,
+        facts.target.file_bytes(facts.target.uniform_plan("BF16")),
+    )
+    found = {}
+    for share in (1.0, 0.85, 1.15, 1.3):
+        limit = int(budget.limit * share)
+        if limit > max(most, budget.limit):
+            continue
         try:
-            allocator = Allocator(facts.space, model, facts.problem.carry, int(limit * share))
-            params = allocator.draw(
-                model.costs, facts.form if facts.form in facts.space.forms else facts.space.forms[0]
-            )
+            allocator = Allocator(facts.space, model, facts.problem.carry, limit)
+            found[limit] = model.predict(allocator.draw(model.costs, form))
         except InfeasibleError:
             continue
-        found.append((limit * share, model.predict(params)))
-    here = dict(found).get(limit * 1.0)
-    if not here:
-        return Finding("Next: no other budget near this one could be predicted.")
-    others = ", ".join(f"{format_size(b)} {k / here:.2f} x" for b, k in found if b != limit * 1.0)
+    here = found.pop(budget.limit, None)
+    if not here or not found:
+        return None
+    others = ", ".join(f"{format_size(b)} {k / here:.2f} x" for b, k in sorted(found.items()))
     return Finding(
         f"Other budgets, the least KL the additive model predicts there, over that at this budget: {others}."
     )

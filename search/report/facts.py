@@ -49,11 +49,18 @@ class Quality:
         )  # fmt: skip
 
 
-class _Here(LocalPool):
-    """The study's own worker, as a pool."""
+class _Nothing(LocalPool):
+    """Stands where a pool is asked for: a report measures no costs anew."""
 
-    def __init__(self, worker: Any) -> None:
-        self.worker = worker
+    def __init__(self) -> None:
+        pass
+
+    def run(self, jobs: Any, on_result: Any = None) -> list[Any]:
+        if jobs:
+            raise UserError(
+                "the study's option costs are not complete; run the same search.run command again"
+            )
+        return []
 
 
 @dataclass
@@ -85,6 +92,8 @@ class Facts:
             )
         number = opened.trial(trial).number
         result = json.loads(file.read_text("utf-8"))
+        if not {"finals", "repairs", "trial_stage", "winners"} <= result.keys():
+            raise UserError(f"{file}: is of an older version; run the same search.run command again")
         if number not in {t["number"] for t in result["trials"]}:
             raise UserError(f"--trial {number}: newer than {file}; run search.run to its end first")
         return cls(opened, result, number)
@@ -152,9 +161,8 @@ class Facts:
         """The study's own cost model, from its file."""
         effort = STREAMED if self.opened.worker.setup.stream else LEAN
         worker = self.opened.worker
-        pool = _Here(worker)
         model, _ = measure_costs(
-            pool, self.space, self.errors, worker.cache, lambda done, total: None, effort
+            _Nothing(), self.space, self.errors, worker.cache, lambda done, total: None, effort
         )
         return model
 

@@ -8,23 +8,30 @@ import numpy as np
 
 from evaluators.contributions import role_of
 from search.report import draw
-from search.report.facts import Facts
+from search.report.facts import Facts, Quality
 from search.report.page import Picture
-from search.report.tables import bytes_by_role, domains, rivals
+from search.report.tables import bytes_by_role, domains, half, rivals
 from spaces.quant_types import QUANT_TYPES
 
-_Z95 = 1.96
 _MOST_RIVALS = 18
+
+
+def _bar(found: Quality) -> float:
+    wide = half(found)
+    return 0.0 if math.isnan(wide) else wide
 
 
 def against(facts: Facts) -> Picture:
     """KL of the trial, the winners and the baselines, with intervals."""
-    rows = rivals(facts)[:_MOST_RIVALS]
+    rows = rivals(facts)
+    own = [r for r in rows[_MOST_RIVALS:] if r[1] == facts.number]
+    rows = [*rows[:_MOST_RIVALS], *own]
     made, (axis,) = draw.figure(height=1.2 + 0.32 * len(rows))
     for i, (_, number, _, found) in enumerate(rows):
-        own = number == facts.number
-        colour = draw.ORANGE if own else draw.BLUE if number in facts.winners else draw.GREY
-        axis.errorbar(found.kl, i, xerr=_Z95 * found.kl_se, fmt="o", color=colour, capsize=3, markersize=6)
+        colour = (
+            draw.ORANGE if number == facts.number else draw.BLUE if number in facts.winners else draw.GREY
+        )
+        axis.errorbar(found.kl, i, xerr=_bar(found), fmt="o", color=colour, capsize=3, markersize=6)
         axis.text(found.kl * 1.06, i - 0.05, f"{found.kl:.3f}", va="center", fontsize=8, color="#374151")
     axis.set_yticks(range(len(rows)), [r[0] for r in rows], fontsize=9)
     draw.plain_log(axis)
@@ -56,7 +63,7 @@ def layers(facts: Facts) -> Picture:
     above.bar(where, kept, color=draw.BLUE, label="kept")
     active = [m.top_k for m in facts.candidate.layers]
     above.plot(where, active, "o", color=draw.ORANGE, markersize=5, label="active per token (top-k)")
-    if count <= 64:
+    if count <= 32:
         for x, n in zip(where, kept, strict=True):
             above.text(x, n, str(n), ha="center", va="bottom", fontsize=8)
     above.set_ylabel("experts")
@@ -100,9 +107,9 @@ def by_domain(facts: Facts) -> Picture:
     """Damage by kind of text."""
     rows = domains(facts)
     made, (axis,) = draw.figure(height=0.9 + 0.3 * len(rows))
-    half = [0 if math.isnan(h) else h for _, _, h, _ in rows]
+    wide = [0 if math.isnan(h) else h for _, _, h, _ in rows]
     colours = [draw.RED if i == 0 else draw.BLUE for i in range(len(rows))]
-    axis.barh([r[0] for r in rows], [r[1] for r in rows], xerr=half, color=colours, capsize=3, alpha=0.85)
+    axis.barh([r[0] for r in rows], [r[1] for r in rows], xerr=wide, color=colours, capsize=3, alpha=0.85)
     mean = sum(r[1] * r[3] for r in rows) / sum(r[3] for r in rows)
     axis.axvline(mean, color="#374151", linestyle="--", linewidth=1, label="all of the text")
     axis.invert_yaxis()

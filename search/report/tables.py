@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import t as student
 
 from evaluators.contributions import role_of
 from search.report.facts import Facts, Quality
 from search.report.page import Table
+from search.summary import spread
 from spaces.budget import format_size
 from spaces.plan import Plan
 
@@ -18,10 +20,21 @@ _BASE_TYPE = "BF16"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean and the half width of its 95 % interval."""
-    if len(values) < 2:
+    """Mean and the half width of its 95 % interval (Student's t); NaN of one value."""
+    n = len(values)
+    if n < 2:
         return float(values.mean()), math.nan
-    return float(values.mean()), _Z95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), float(student.ppf(0.975, n - 1) * values.std(ddof=1)) / math.sqrt(n)
+
+
+def half(found: Quality) -> float:
+    """Half width of the 95 % interval of a KL; NaN where there is none."""
+    return _Z95 * found.kl_se if found.windows is None else interval(found.windows)[1]
+
+
+def within(value: float) -> str:
+    """A half width as it follows a figure."""
+    return "" if math.isnan(value) else f" ± {value:.4f}"
 
 
 def rivals(facts: Facts) -> list[tuple[str, int, bool, Quality]]:
@@ -55,13 +68,13 @@ def comparison(facts: Facts) -> Table:
         kept = [len(m["experts"]) for m in record["candidate"]["layers"]]
         difference = "-"
         if found.windows is not None and facts.own.windows is not None and facts.on_report:
-            mean, half = interval(found.windows - facts.own.windows)
-            difference = f"{mean:+.4f} ± {half:.4f}" if found is not facts.own and mean else "0"
+            mean, wide = interval(found.windows - facts.own.windows)
+            difference = f"{mean:+.4f}{within(wide)}" if mean else "0"
         if (number, repaired) == (facts.number, facts.repaired):
             strong.append(len(rows))
         scores = record["scores"]
         rows.append([
-            label, str(number), f"{found.kl:.4f} ± {_Z95 * found.kl_se:.4f}", difference,
+            label, str(number), f"{found.kl:.4f}{within(half(found))}", difference,
             f"{found.perplexity:.2f}", f"{found.top1:.1%}",
             str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)}-{max(kept)}",
             f"{scores['target_bytes'] / 1e9:.2f}", f"{scores['tokens_per_second']:.1f}",
@@ -77,7 +90,7 @@ def comparison(facts: Facts) -> Table:
 def domains(facts: Facts) -> list[tuple[str, float, float, int]]:
     """(source, KL, half width of 95 %, windows) of the trial by kind of text, worst first."""
     kl, sources = facts.own.windows, facts.sources
-    if kl is None or not facts.on_report:
+    if kl is None or not of_own(facts):
         windows = facts.evidence["windows"]
         kl, sources = np.array(windows["kl"]), tuple(windows["sources"])
     found = {}
@@ -87,11 +100,15 @@ def domains(facts: Facts) -> list[tuple[str, float, float, int]]:
     return sorted(((s, *v) for s, v in found.items()), key=lambda row: -row[1])
 
 
+def of_own(facts: Facts) -> bool:
+    """Whether damage by kind of text is of the trial as it ships; otherwise it is of its evidence."""
+    return facts.on_report and facts.own.windows is not None
+
+
 def domain_table(facts: Facts) -> Table:
     """Damage by kind of text."""
     rows = [
-        [source, f"{kl:.4f}", "-" if math.isnan(half) else f"± {half:.4f}", str(n)]
-        for source, kl, half, n in domains(facts)
+        [source, f"{kl:.4f}", within(wide).strip() or "-", str(n)] for source, kl, wide, n in domains(facts)
     ]
     return Table(("kind of text", "KL (nats/token)", "95 %", "windows"), rows, (0,))
 
@@ -154,9 +171,9 @@ def tasks_table(facts: Facts) -> Table | None:
         for task, s in scores.items():
             paired = "-"
             if s.get("difference") is not None:
-                paired = f"{s['difference']:+.3f} ± {s['difference_se']:.3f}"
+                paired = f"{s['difference']:+.3f}{spread(s['difference_se'])}"
             rows.append([
-                f"{label}: {task}", s["metric"], f"{s['value']:.3f} ± {s['standard_error']:.3f}", paired,
+                f"{label}: {task}", s["metric"], f"{s['value']:.3f}{spread(s['standard_error'])}", paired,
                 str(s["items"]),
             ])  # fmt: skip
     return Table(("task", "metric", "score ± SE", "minus base ± SE, paired", "items"), rows)
@@ -172,12 +189,12 @@ def layer_table(facts: Facts) -> Table:
         rows.append([
             str(m.layer), f"{len(m.experts)} of {facts.source.experts}", str(m.top_k),
             f"{r['kept_mass']:.1%}", f"{r['agreement']:.1%}",
-            f"{r['entropy_base']:.2f} to {r['entropy']:.2f}",
+            f"{abs(r['entropy_base']):.2f} to {abs(r['entropy']):.2f}",
             f"{parts['layer experts', str(m.layer)]:.4f}", f"{parts['layer types', str(m.layer)]:.4f}",
         ])  # fmt: skip
     header = (
         "layer", "experts kept", "top-k", "routed mass kept", "same experts chosen",
-        "gate entropy (nats)", "KL of its pruning alone", "KL of its types alone",
+        "gate entropy (nats)", "KL of its experts and top-k alone", "KL of its types alone",
     )  # fmt: skip
     return Table(header, rows)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from search.report.facts import Facts
-from search.report.tables import best_rows, bytes_by_role, domains, interval, rivals
+from search.report.tables import best_rows, bytes_by_role, domains, half, interval, of_own, rivals, within
 from spaces.budget import format_size
 
 
 def summary(facts: Facts) -> list[str]:
     """Paragraphs: what it is, whether it is better, what it costs, whether to trust it."""
-    return [_what(facts), _better(facts), _where(facts), _trust(facts)]
+    return [text for text in (_what(facts), _better(facts), _where(facts), _trust(facts)) if text]
 
 
 def _what(facts: Facts) -> str:
@@ -37,7 +37,7 @@ def _better(facts: Facts) -> str:
     own = facts.own
     text = "report text, which nothing was chosen on" if facts.on_report else "search text, which trials saw"
     said = (
-        f"KL to the base model is {own.kl:.4f} ± {1.96 * own.kl_se:.4f} nats per token on the {text}; "
+        f"KL to the base model is {own.kl:.4f}{within(half(own))} nats per token on the {text}; "
         f"perplexity {own.perplexity:.2f}"
     )
     base = (facts.result.get("base") or {}).get("report")
@@ -46,24 +46,28 @@ def _better(facts: Facts) -> str:
     said += f"; the most likely token is the base model's {own.top1:.1%} of the time."
     nearest = best_rows(rivals(facts))
     if nearest is None or not facts.on_report:
-        return said + " There is no simple baseline on the same text to compare with."
+        return said + " There is no simple baseline with scores on the report text to compare it with."
     name, _, _, other = nearest
     if own.windows is None or other.windows is None:
         return f"{said} The best simple way, {name}, has {other.kl:.4f}."
-    mean, half = interval(other.windows - own.windows)
-    verdict = "better" if mean > half else "worse" if mean < -half else "not told apart"
+    mean, wide = interval(other.windows - own.windows)
+    verdict = "better" if mean > wide else "worse" if mean < -wide else "not told apart"
+    plain = facts.quality(facts.number)
+    repaired = f" (repaired; before that {plain.kl:.4f})" if facts.repaired and plain else ""
     return (
-        f"{said} The best simple way, {name}, has {other.kl:.4f}: this is {verdict}, "
-        f"{own.kl / other.kl:.2f} x "
-        f"its KL, {mean:+.4f} ± {half:.4f} nats apart (paired by window, 95 %)."
+        f"{said} The best simple way, {name}, has {other.kl:.4f}: this is {verdict}{repaired}, "
+        f"{own.kl / other.kl:.2f} x its KL, {mean:+.4f}{within(wide)} nats apart (paired by window, 95 %)."
     )
 
 
 def _where(facts: Facts) -> str:
     rows = domains(facts)
+    if len(rows) < 2:
+        return ""
     worst, best = rows[0], rows[-1]
+    when = "" if of_own(facts) else "before repairs "
     return (
-        f"Damage is not even: {worst[0]} suffers most ({worst[1]:.4f} nats), {best[0]} least "
+        f"Damage {when}is not even: {worst[0]} suffers most ({worst[1]:.4f} nats), {best[0]} least "
         f"({best[1]:.4f} nats)."
     )
 
@@ -81,9 +85,8 @@ def _trust(facts: Facts) -> str:
         )
     elif facts.form != "portable":
         out.append(
-            "Its layers differ in expert count or top-k, which stock llama.cpp does not run: it is "
-            "exported as a "
-            "folder that compression.load opens in transformers."
+            "Its layers differ in expert count or top-k, which stock llama.cpp does not run: such a config "
+            "becomes a folder that compression.load opens in transformers."
         )
     rho = facts.result["trial_stage"].get("rank_correlation")
     if rho is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from search.evidence_jobs import evidence_file
+from search.options import parse
 from search.rebuild import OpenStudy
 from search.report import __main__ as command
 from search.report import tables
@@ -18,8 +18,10 @@ from search.report.build import build, write
 from search.report.diagnosis import findings
 from search.report.facts import Facts
 from search.report.page import Heading, Page, Picture, Table, Text
+from search.report.reproduce import command_of
 from search.report.words import summary
 from spaces.errors import UserError
+from spaces.space import Space
 
 Finished = tuple[list[str], Path, dict]
 
@@ -108,12 +110,62 @@ def test_domains_are_weighted_means_of_the_windows(facts: Facts) -> None:
     assert [r[1] for r in rows] == sorted((r[1] for r in rows), reverse=True)
 
 
-def test_a_pruned_to_the_bone_trial_is_diagnosed_as_over_pruned(worst: Facts) -> None:
+def test_a_trial_without_evidence_is_measured_and_set_beside_the_winner(worst: Facts, facts: Facts) -> None:
     levers = {p["name"]: p["kl"] for p in worst.evidence["parts"] if p["kind"] == "only"}
-    said = " ".join(f.text for f in findings(worst))
-    first = {"experts": "Pruning", "types": "Quantization", "top-k": "Fewer active experts"}
-    assert f"{first[max(levers, key=lambda n: levers[n])]} costs most" in said
     assert evidence_file(worst.opened.worker.cache, worst.candidate.key, False).exists()
+    said = " ".join(f.text for f in findings(worst))
+    costly = max(levers, key=lambda n: levers[n])
+    first = {"experts": "Pruning", "types": "Quantization", "top-k": "Fewer active experts"}
+    assert f"{first[costly]} costs most" in said
+    assert f"the portable winner, trial {facts.result['winners']['portable']}, keeps" in said
+    assert "winner, trial" not in " ".join(f.text for f in findings(facts))
+
+
+def test_other_budgets_are_cheaper_the_larger_they_are(facts: Facts) -> None:
+    (said,) = [f.text for f in findings(facts) if f.text.startswith("Other budgets")]
+    ratios = [float(x) for x in re.findall(r"([\d.]+) x", said)]
+    assert len(ratios) >= 2
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > 1 > ratios[-1]
+
+
+def test_a_report_measures_no_costs(facts: Facts, tmp_path: Path) -> None:
+    before = (facts.opened.worker.cache / "option_costs.jsonl").read_bytes()
+    assert facts.costs.costs.size
+    assert (facts.opened.worker.cache / "option_costs.jsonl").read_bytes() == before
+    lost = Facts(facts.opened, facts.result, facts.number)
+    lost.space = Space(facts.space.inventory, facts.space.rankings, types=("Q4_K", "Q8_0"))
+    lost.errors = {k: v for k, v in facts.errors.items() if k[1] in ("Q4_K", "Q8_0")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facts.opened.worker, "cache", tmp_path)
+        with pytest.raises(UserError, match="option costs are not complete"):
+            _ = lost.costs
+
+
+def test_the_command_to_reproduce_it_is_the_same_study(facts: Facts) -> None:
+    command = command_of(facts.opened.settings)
+    assert command[:3] == ["python", "-m", "search.run"]
+    again = vars(parse(command[3:]))
+    known = facts.opened.settings
+    for name in (
+        "budget",
+        "target",
+        "context",
+        "runtime",
+        "trials",
+        "sampler",
+        "seed",
+        "study",
+        "repair",
+        "export",
+    ):
+        assert again[name] == known[name], name
+    assert [str(again[n]) for n in ("model", "out", "text", "calibration")] == [
+        known[n] for n in ("model", "out", "text", "calibration")
+    ]
+    small = {**known, "device": {**known["device"], "memory": 12 * 10**9}, "export": False, "tasks": []}
+    changed = parse(command_of(small)[3:])
+    assert (changed.device.memory, changed.export, changed.tasks) == (12 * 10**9, False, ())
 
 
 @pytest.mark.parametrize(
@@ -124,6 +176,7 @@ def test_a_pruned_to_the_bone_trial_is_diagnosed_as_over_pruned(worst: Facts) ->
         (2.0, 50.0, "types", {"collapse from too few bits"}),
         (2.0, 50.0, "top-k", {"collapse from too few active experts"}),
         (0.01, 2.0, "types", {"too slow"}),
+        (0.0, 50.0, "types", set()),
     ],
 )
 def test_signs_of_failure(
@@ -138,12 +191,14 @@ def test_signs_of_failure(
         ]
     parts += [{"kind": "role", "name": "attention", "kl": kl}, {"kind": "layer types", "name": "1", "kl": kl}]
     parts += [{"kind": "layer experts", "name": "1", "kl": 0.0}]
-    routing = [{"layer": 1, "kept_mass": 0.99, "agreement": 0.9}]
+    mass = 0.5 if lever == "experts" else 0.99
+    expected = signs | ({"router starved"} if lever == "experts" else set())
+    routing = [{"layer": 1, "kept_mass": mass, "agreement": 0.9}]
     changed = Facts(facts.opened, facts.result, facts.number)
     changed.evidence = {"parts": parts, "routing": routing}
     changed.trial = {**facts.trial, "scores": {**facts.trial["scores"], "tokens_per_second": speed}}
     changed.own = tables.Quality(kl, 0.0, 1.0, 1.0, None)
-    assert {f.sign for f in findings(changed)} - {""} == signs
+    assert {f.sign for f in findings(changed)} - {""} == expected
 
 
 def test_a_trial_of_the_command_line_is_written_where_it_was_asked_for(
@@ -205,4 +260,3 @@ def test_writing_twice_gives_the_same_page(facts: Facts, tmp_path: Path) -> None
     ids = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")  # plotly names its divisions at random
     pages = [ids.sub("", p.read_text("utf-8")) for p in (first, tmp_path / "b.html")]
     assert pages[0] == pages[1]
-    assert json.dumps(facts.evidence)
