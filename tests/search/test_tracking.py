@@ -167,7 +167,8 @@ def test_a_winner_is_one_version_however_often_it_is_registered(
     assert versions.keys() == {"1", "2"}
     assert versions["1"].source == model.as_uri()
     assert versions["1"].run_id == tracker.parent
-    assert versions["1"].tags == {"candidate": "abc", "kl_nats": "0.2", "path": str(model)}
+    old = {"candidate": "abc", "kl_nats": "0.2", "path": str(model)}
+    assert versions["1"].tags == old | {"superseded_by": "2"}
     assert versions["1"].description == "KL 0.2"
     assert tracker.client.get_model_version_by_alias("registry", "winner").version == versions["2"].version
 
