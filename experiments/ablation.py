@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compression.files import write_text
+from compression.files import atomic, write_text
 from experiments.baselines.levers import ABLATION
 from experiments.benchmarks.search_plots import Results
 
@@ -52,7 +52,9 @@ def cell(results: Results, method: str, budget: float) -> str:
         known = any(r["method"] == method and r["gigabytes"] == budget for r in results.records)
         return "does not fit" if known else "not run"
     kl = [r["kl"] for r in runs]
-    said = f"{np.mean(kl):.4f} ({min(kl):.4f} to {max(kl):.4f}, {len(kl)} seeds)"
+    said = f"{np.mean(kl):.4f}" + (
+        f" ({min(kl):.4f} to {max(kl):.4f}, {len(kl)} seeds)" if len(kl) > 1 else " (1 seed)"
+    )
     if method == WHOLE or not results.of(WHOLE, budget):
         return said
     more, half = paired(results, method, budget)
@@ -90,13 +92,14 @@ def draw(results: Results, path: Path) -> None:
             mean = results.mean(method, budget)
             axis.barh(i, mean, xerr=results.interval(method, budget), color=colour, alpha=0.8, capsize=3)
             axis.plot([r["kl"] for r in runs], [i] * len(runs), ".", color="black", markersize=4)
-        shared.plain_log(axis)
+        axis.set_xlim(0, None)
         axis.set_title(f"{budget:g} GB for DeepSeek-V3", fontsize=10)
         axis.set_xlabel("KL (nats per token)")
         axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(names)), [NAMES[m] for m in names], fontsize=9)
     axes[0].invert_yaxis()
-    path.write_bytes(shared.png(made))
+    with atomic(path) as stream:
+        stream.write(shared.png(made))
 
 
 def run_missing(out: Path, file: Path, processes: int, methods: Sequence[str]) -> None:

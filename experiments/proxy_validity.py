@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
-from compression.files import write_text
+from compression.files import atomic, write_text
 from evaluators.harness import known_tasks
 from experiments.verify_exports import random_params
 from search.allocator import Allocator
@@ -146,7 +146,8 @@ def draw(rows: list[dict[str, Any]], found: dict[str, dict[str, Any]], path: Pat
             rho, low, high = found[proxy][outcome]["spearman"]
             axis.set_title(f"Spearman {rho:.2f} ({low:.2f} to {high:.2f})", fontsize=9)
             axis.grid(alpha=0.25)
-    path.write_bytes(shared.png(made))
+    with atomic(path) as stream:
+        stream.write(shared.png(made))
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -178,7 +179,7 @@ def main() -> None:
     opened.worker.setup = replace(opened.worker.setup, tasks=tuple(tasks), limit=max(1, args.limit))
     facts, rows = Facts.read(opened, "best"), []
     for i, params in enumerate(configs(facts, args.count, args.seed)):
-        file = args.out / f"{i:03d}.json"
+        file = args.out / f"{facts.space.candidate(params).key}-{args.limit}.json"
         if not file.exists():
             write_text(file, json.dumps(measure(facts, params, args.out, tasks)))
         rows.append(json.loads(file.read_text("utf-8")))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import evidence
 from experiments.cli_reference import reference
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_the_command_reference_is_the_parsers_own() -> None:
     assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference(), (
         "run python -m experiments.cli_reference docs/cli.md"
+    )
+
+
+def test_the_evidence_is_what_the_committed_results_say() -> None:
+    assert (ROOT / "docs" / "evidence.md").read_text("utf-8") == evidence.page(), (
+        "run python -m experiments.evidence docs/evidence.md"
     )
 
 
