@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from compression.files import write_text
 from experiments import ablation, proxy_validity
@@ -65,6 +68,9 @@ def proxies() -> str:
     found = _read("proxy_validity.json")
     about, rows = found["about"], found["correlations"]
     said = []
+    items = about["items"] * len(about["tasks"])
+    middle = float(np.median([r["accuracy"] for r in found["rows"]]))
+    error = math.sqrt(middle * (1 - middle) / items)
     for proxy, row in rows.items():
         parts = []
         for outcome, value in row.items():
@@ -82,6 +88,9 @@ tokens of report text, {about["llama_tokens"]:,} of them in llama.cpp, {len(abou
 less. Spearman's correlation (95 % interval over configs), Kendall's; signs are turned so that 1 is the same order.
 
 {proxy_validity.table(rows)}
+
+Accuracy is a mean over {items} items: its own standard error is {error:.3f}, much of the range between good configs, and no proxy can
+rank better than the items do.
 
 Read as: above {_RANKS} at the lower end of the interval ranks, above {_ROUGHLY} ranks roughly.
 
