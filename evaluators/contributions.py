@@ -6,9 +6,7 @@ are measured. The settings share most of their blocks, which a population comput
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from compression.setting import Setting, Settings
 from spaces.candidate import Candidate
@@ -71,8 +69,3 @@ def _with(settings: Settings, candidate: Candidate, levers: set[str]) -> Setting
         experts = m.experts if "experts" in levers else None
         setting = settings.routed(setting, m.layer, experts, m.top_k if "top-k" in levers else None)
     return setting
-
-
-def summary(rows: list[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """KL by (kind, name) of what was measured."""
-    return {(r["kind"], r["name"]): float(r["kl"]) for r in rows}

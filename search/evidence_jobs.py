@@ -107,7 +107,7 @@ class EvidenceJobs:
             sizes[name] = int(text.windows.size)
             found = self.population.measure([p.setting for p in some], text, states)
             for part, d in zip(some, found, strict=True):
-                error = float(d.kl.std(ddof=1) / np.sqrt(len(d.kl))) if len(d.kl) > 1 else float("nan")
+                error = float(d.kl.std(ddof=1) / np.sqrt(len(d.kl))) if len(d.kl) > 1 else 0.0
                 rows.append({"kind": part.kind, "name": part.name, "kl": d.mean_kl, "kl_se": error})
                 if part.kind == "all":
                     windows = {"kl": [round(float(x), 6) for x in d.kl], "sources": list(text.sources)}

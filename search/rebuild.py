@@ -64,7 +64,7 @@ class OpenStudy:
                 str(cache),
                 settings["runtime"],
                 exportable=settings["export"],
-                stream=settings.get("streamed", streams(settings.get("stream", "auto"), inventory, 1)),
+                stream=settings["streamed"] if "streamed" in settings else streams("auto", inventory, 1),
                 types=tuple(settings.get("types", ())),
             )
         )

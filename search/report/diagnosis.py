@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from search.report.checks import READING
 from search.report.facts import Facts
-from search.report.tables import bytes_by_role
+from search.report.tables import bits_per_weight
 from spaces.budget import format_size
 
 _COLLAPSE = 1.0  # nats: the perplexity of a text is then about e times the base model's
@@ -141,9 +141,8 @@ def _routing(facts: Facts) -> list[Finding]:
     rows = facts.evidence["routing"]
     worst = min(rows, key=lambda r: r["kept_mass"])
     text = (
-        f"Routing: layer {worst['layer']} lost most, {worst['kept_mass']:.0%} of the base model's gates "
-        "go to "
-        f"experts still there, and {worst['agreement']:.0%} of its choices are made again."
+        f"Routing: layer {worst['layer']} lost most, {worst['kept_mass']:.0%} of the base model's gates go "
+        f"to experts still there, and {worst['agreement']:.0%} of its choices are made again."
     )
     return [Finding(text, "router starved" if worst["kept_mass"] < _LITTLE_MASS else "")]
 
@@ -174,9 +173,8 @@ def _beside_winner(facts: Facts) -> Finding | None:
 def _shape(facts: Facts) -> tuple[float, float, float]:
     """Means over layers of experts kept and active, and bits per stored weight."""
     layers = facts.candidate.layers
-    sizes = bytes_by_role(facts).values()
-    bits = 16 * sum(v[2] for v in sizes) / sum(v[1] for v in sizes)
-    return sum(len(m.experts) for m in layers) / len(layers), sum(m.top_k for m in layers) / len(layers), bits
+    kept = sum(len(m.experts) for m in layers) / len(layers)
+    return kept, sum(m.top_k for m in layers) / len(layers), bits_per_weight(facts)
 
 
 def _other_budgets(facts: Facts) -> Finding | None:

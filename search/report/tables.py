@@ -13,7 +13,6 @@ from search.report.facts import Facts, Quality
 from search.report.page import Table
 from search.summary import spread
 from spaces.budget import format_size
-from spaces.plan import Plan
 
 _Z95 = 1.96
 _BASE_TYPE = "BF16"
@@ -80,8 +79,8 @@ def comparison(facts: Facts) -> Table:
             f"{scores['target_bytes'] / 1e9:.2f}", f"{scores['tokens_per_second']:.1f}",
         ])  # fmt: skip
     header = (
-        "config", "trial", "KL (nats/token, 95 %)", "KL above this one (95 %)", "perplexity", "top-1 "
-        "agreement",
+        "config", "trial", "KL (nats/token, 95 %)", "KL above this one (95 %)", "perplexity",
+        "top-1 agreement",
         f"experts kept of {facts.source.experts}", "target (GB)", "tokens/s",
     )  # fmt: skip
     return Table(header, rows, strong)
@@ -113,9 +112,9 @@ def domain_table(facts: Facts) -> Table:
     return Table(("kind of text", "KL (nats/token)", "95 %", "windows"), rows, (0,))
 
 
-def bytes_by_role(facts: Facts, plan: Plan | None = None) -> dict[str, tuple[int, int, int]]:
+def bytes_by_role(facts: Facts) -> dict[str, tuple[int, int, int]]:
     """Role to target bytes of (the whole model in BF16, after pruning still in BF16, as compressed)."""
-    plan = plan or facts.target_plan
+    plan = facts.target_plan
     kept, types, out = dict(plan.kept), dict(plan.types), dict[str, tuple[int, int, int]]()
     for t in facts.target.tensors:
         experts = kept.get(t.layer) if t.layer is not None and t.per_expert else None
@@ -144,10 +143,15 @@ def bytes_table(facts: Facts) -> Table:
     rows.append(["metadata and padding", "", "", "", format_size(size - now), "-"])
     rows.append([
         "file", format_size(whole), format_size(whole - pruned), format_size(pruned - now),
-        f"{size:,} bytes", f"{8 * now / sum(weights.values()):.2f}",
+        f"{size:,} bytes", f"{bits_per_weight(facts):.2f}",
     ])  # fmt: skip
     header = ("tensors", "in BF16", "saved by pruning", "saved by types", "left", "bits per weight")
     return Table(header, rows, (len(rows) - 1,))
+
+
+def bits_per_weight(facts: Facts) -> float:
+    """Of the target's stored weights, pruned ones not counted."""
+    return 8 * sum(v[2] for v in bytes_by_role(facts).values()) / sum(_weights_by_role(facts).values())
 
 
 def _weights_by_role(facts: Facts) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from search.report.facts import Facts
-from search.report.tables import best_rows, bytes_by_role, domains, half, interval, of_own, rivals, within
+from search.report.tables import best_rows, bits_per_weight, domains, half, interval, of_own, rivals, within
 from spaces.budget import format_size
 
 
@@ -15,13 +15,11 @@ def summary(facts: Facts) -> list[str]:
 def _what(facts: Facts) -> str:
     plan, scores = facts.target_plan, facts.trial["scores"]
     kept, top_k = [n for _, n in plan.kept], [k for _, k in plan.top_k]
-    sizes = bytes_by_role(facts)
-    weights = 8 * sum(v[2] for v in sizes.values()) / (8 * sum(v[1] for v in sizes.values()) / 16)
     return (
         f"Trial {facts.number} ({facts.kind}) is {facts.target.name} in {scores['target_bytes']:,} bytes "
         f"({format_size(scores['target_bytes'])}, {format_size(facts.problem.budget.limit)} allowed): "
         f"{_span(kept)} of {facts.target.experts} experts kept per layer, {_span(top_k)} of "
-        f"{facts.target.top_k} active per token, {weights:.2f} bits per stored weight. On "
+        f"{facts.target.top_k} active per token, {bits_per_weight(facts):.2f} bits per stored weight. On "
         f"{facts.problem.device.title} it needs {format_size(scores['device_memory_bytes'])} of "
         f"{format_size(facts.problem.device.memory)} and is predicted to decode "
         f"{scores['tokens_per_second']:.1f} tokens/s at {facts.problem.context} tokens of context."
@@ -78,8 +76,7 @@ def _trust(facts: Facts) -> str:
     if export and facts.number in facts.winners and facts.form == "portable":
         check = export["llama_cpp"]
         out.append(
-            f"The exported file has {export['bytes']:,} bytes where {export['predicted_bytes']:,} were "
-            "predicted; "
+            f"The exported file has {export['bytes']:,} bytes, predicted were {export['predicted_bytes']:,}; "
             f"llama.cpp loads it and scores perplexity {check['perplexity']:.3f} where the evaluator has "
             f"{check['evaluator_perplexity']:.3f} on the same tokens."
         )
@@ -96,8 +93,7 @@ def _trust(facts: Facts) -> str:
     if facts.target.name != facts.source.name:
         out.append(
             f"Bytes, memory and tokens/s are {facts.target.name}'s; quality is that of "
-            f"{facts.source.name}, on "
-            "which the decisions were searched."
+            f"{facts.source.name}, on which the decisions were searched."
         )
     out.append("tokens/s are predicted from the device's published bandwidth, not measured.")
     out += facts.result.get("notes") or []
