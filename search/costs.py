@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from spaces.inventory import Tensor
-from spaces.quant_types import QUANT_TYPES
 from spaces.space import Space
 
 Option = tuple[str, Any]
@@ -287,18 +286,3 @@ def _pairs(measured: Mapping[Option, float]) -> Iterable[tuple[tuple[str, tuple[
     for (decision, choice), cost in measured.items():
         if decision.endswith(".experts"):
             yield (decision, choice), cost
-
-
-def bits(params: Mapping[str, Any], space: Space) -> float:
-    """Mean bits per stored weight of a set of parameters, pruned experts not counted."""
-    total = weight = 0.0
-    for tensor in space.inventory.quantizable:
-        kept = (
-            space.layer_choice(params, tensor.layer)[0]
-            if tensor.per_expert and tensor.layer is not None
-            else None
-        )
-        size = float(np.prod(tensor.kept_shape(kept)))
-        total += size * QUANT_TYPES[params[tensor.name]].bits_per_weight
-        weight += size
-    return total / weight

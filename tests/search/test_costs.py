@@ -16,7 +16,6 @@ from search.costs import (
     CostModel,
     Effort,
     Option,
-    bits,
     count_probes,
     ranking_probes,
     routing_estimates,
@@ -275,17 +274,3 @@ def test_rankings_that_keep_the_same_experts_share_one_measurement() -> None:
 def test_rows_that_take_no_quantized_type_cost_nothing() -> None:
     model = synthetic.cost_model(tiny.space(qk_nope_head_dim=48))
     assert model.costs[model.index["blk.0.attn_k_b.weight", "BF16"]] == 0.0
-
-
-@pytest.mark.parametrize("dense", [1, 0])
-def test_bits_per_weight_do_not_count_pruned_experts(dense: int) -> None:
-    space = tiny.space(first_k_dense_replace=dense)
-    types = {t.name: "Q8_0" if t.per_expert else "IQ4_NL" if t.row % 256 else "IQ1_S"
-             for t in space.inventory.quantizable}  # fmt: skip
-    weights = {"experts": 0.0, "others": 0.0}
-    for t in space.inventory.quantizable:
-        weights["experts" if t.per_expert else "others"] += (
-            8.5 * t.parameters / 2 if t.per_expert else ((4.5 if t.row % 256 else 1.5625) * t.parameters)
-        )
-    stored = sum(t.parameters / (2 if t.per_expert else 1) for t in space.inventory.quantizable)
-    assert bits(space.params(types, 4, "reap"), space) == pytest.approx(sum(weights.values()) / stored)
