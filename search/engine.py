@@ -21,7 +21,9 @@ from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
 from search.console import Stages, console, problem_table
-from search.costs import LEAN, STREAMED
+from search.costs import LEAN, STREAMED, CostModel
+from search.drivers import Crew
+from search.locks import alone
 from search.memory import cache_bytes, streams
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
@@ -30,8 +32,8 @@ from search.problem import Problem, make_problem
 from search.runner import RUNGS, TrialRunner
 from search.sampler import make_sampler
 from search.slope_book import SlopeBook
-from search.study import finished, open_storage, open_study, recover
-from search.tracking import Tracker
+from search.study import finished, open_storage, open_study
+from search.tracking import Tracker, tracking_place, tracking_uri
 from search.worker import Setup, Worker
 from spaces.budget import format_size
 from spaces.candidate import Candidate
@@ -136,9 +138,11 @@ class Search:
             cache_bytes=cache_bytes(self.checkpoint.inventory, o.workers, stream),
         )  # fmt: skip
         pool = make_pool(setup, o.workers, o.ray_address)
+        crew = Crew(study, tracking_place(tracking_uri(o.tracking_uri, o.out)))
         try:
-            return Running(self, study, pool, texts, setup).run()
+            return Running(self, study, pool, texts, setup, crew).run()
         finally:
+            crew.close()
             pool.close()
 
     def _check_tasks(self) -> None:
@@ -168,12 +172,36 @@ class Running:
     pool: Pool
     texts: dict[str, TextSet]
     setup: Setup
+    crew: Crew
 
     def run(self) -> dict[str, Any]:
-        o = self.search.options
+        o, cache = self.search.options, self.search.cache
         inventory = self.search.checkpoint.inventory
-        self.tracker = Tracker(self.study, o.tracking_uri, o.out, self._parameters(), inventory)
+        self.tracker = Tracker(
+            self.study, o.tracking_uri, o.out, self._parameters(), inventory, self.crew.logged_elsewhere
+        )
         self.stages = Stages(lambda: peak_memory(self.pool))
+        with alone(cache / "stages.lock", "preparing the study"):
+            model = self._prepare()
+        problem = self.search.problem
+        self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)
+        book = SlopeBook(cache / "slopes")
+        self.study.sampler = make_sampler(
+            o.sampler, self.allocator, o.seed, book, begun=len(self.study.get_trials(deepcopy=False))
+        )
+        self.runner = TrialRunner(
+            self.study, self.allocator, self.pool,
+            Footprint(problem.carry, problem.budget),
+            Throughput(problem.carry, problem.device, problem.context),
+            self.texts["search"], slopes=not self.setup.stream, crew=self.crew,
+        )  # fmt: skip
+        self._trials()
+        with alone(o.out / "finish.lock", "writing the results"):
+            return finish(self)
+
+    def _prepare(self) -> CostModel:
+        """Calibration, quantization and option costs, as far as they are missing."""
+        o = self.search.options
         with self.stages.stage("calibration") as advance:
             stages.calibrate(self.pool, self.search.cache, advance)
         with self.stages.stage("quantization") as advance:
@@ -186,18 +214,7 @@ class Running:
         with self.stages.stage("option costs") as advance:
             effort = STREAMED if self.setup.stream else LEAN
             model, _ = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance, effort)
-        problem = self.search.problem
-        self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)
-        book = SlopeBook(self.search.cache / "slopes")
-        self.study.sampler = make_sampler(o.sampler, self.allocator, o.seed, book)
-        self.runner = TrialRunner(
-            self.study, self.allocator, self.pool,
-            Footprint(problem.carry, problem.budget),
-            Throughput(problem.carry, problem.device, problem.context),
-            self.texts["search"], slopes=not self.setup.stream,
-        )  # fmt: skip
-        self._trials()
-        return finish(self)
+        return model
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -218,15 +235,14 @@ class Running:
 
     def _trials(self) -> None:
         """Baselines first, then the sampler, up to --trials."""
-        recover(self.study, self.space.distributions)
         total = self.search.options.trials
-        known = {t.user_attrs.get("baseline") for t in self.study.get_trials(deepcopy=False)}
+        trials = self.study.get_trials(deepcopy=False)
+        known = {t.user_attrs.get("baseline") for t in trials if t.state != TrialState.FAIL}
         for name, params in baselines(self.allocator).items():
             if name not in known:
                 self.study.enqueue_trial(params, user_attrs={"baseline": name})
         with self.stages.stage("trials") as advance:
-            for trial in finished(self.study):
-                self.tracker.log_trial(trial, self.space.candidate(trial.params))
+            self.tracker.log_all(lambda trial: self.space.candidate(trial.params))
 
             def note(trial: FrozenTrial) -> None:
                 rho = self.runner.rank_correlation()
@@ -242,6 +258,7 @@ class Running:
             advance(len(finished(self.study)), total)
             self.runner.on_trial = note
             self.runner.run(total)
+            self.tracker.log_all(lambda trial: self.space.candidate(trial.params))
 
     def candidate(self, number: int) -> Candidate:
         """The candidate of a finished trial."""

@@ -10,8 +10,10 @@ are measured, which tell the sampler what every type would change there.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from evaluators.footprint import Footprint
 from evaluators.texts import TextSet
 from evaluators.throughput import Throughput
 from search.allocator import Allocator
+from search.drivers import Crew, unless_taken
 from search.pool import Job, Pool
 from search.sampler import KnapsackSampler
 from search.stages import SEARCH_TOKENS
@@ -41,6 +44,8 @@ SLOPE_TOKENS, SLOPE_PROBES = 1152, 2
 _CLEARLY = 1.5  # standard errors of a paired difference, from the second rung on
 _AT_LEAST = 0.005  # of the better one's KL
 _BETTER = 0.95  # of the KL where slopes were last measured: measure them anew
+_ROUND = "round"  # user attribute: the number of the first trial of a trial's round
+_PATIENCE = 1.0  # seconds between looks at other drivers' last trials
 _RECENT = 64  # trials that the rank correlation of the predictor is taken over
 
 Columns = dict[str, list[float]]
@@ -85,6 +90,7 @@ class TrialRunner:
         rungs: Tokens of every fidelity, ascending.
         round: Trials of a round.
         slopes: Whether slopes may be measured (a streamed model's cannot).
+        crew: The study's drivers; None: this is the only one there will ever be.
         spent: Tokens of forward pass spent by this runner; a backward pass counts as two.
         seconds, scoring: Time in all, and of it in which candidates were evaluated.
     """
@@ -99,6 +105,7 @@ class TrialRunner:
     rungs: tuple[int, ...] = RUNGS
     round: int = ROUND
     slopes: bool = False
+    crew: Crew | None = None
     spent: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     scoring: float = field(default=0.0, init=False)
@@ -107,9 +114,33 @@ class TrialRunner:
         """Asks until the study has `total` finished trials."""
         begun = time.perf_counter()
         while (missing := total - len(finished(self.study))) > 0:
+            left = self._left_over()
+            missing -= self.crew.busy() if self.crew else 0
+            if missing <= 0 and not left:
+                time.sleep(_PATIENCE)  # the last trials are being run by other drivers
+                continue
             self.measure_slopes()
-            self.step(min(self.round, missing))
+            self.step(min(self.round, max(missing, len(left))), left, total)
         self.seconds += time.perf_counter() - begun
+
+    def _left_over(self) -> list[Trial]:
+        """Finishes rounds that dead drivers had told a part of; returns the trials of one they had not.
+
+        A round is finished as it was begun: its trials are measured against each other, whichever of
+        them were told before.
+        """
+        rest: list[Trial] = []
+        adopted = self.crew.adopt(self.allocator.space.distributions) if self.crew else []
+        for name, trials in groupby(adopted, lambda t: t.user_attrs.get(_ROUND)):
+            told = [t for t in finished(self.study) if name is not None and t.user_attrs.get(_ROUND) == name]
+            if told:
+                self._round(list(trials), [self._rival(t) for t in told])
+            else:
+                rest += trials
+        while len(rest) > self.round:
+            self._round(rest[: self.round])
+            rest = rest[self.round :]
+        return rest
 
     def _evaluate(self, jobs: Sequence[Job]) -> list[Any]:
         """Runs jobs, their time counted as evaluation."""
@@ -118,26 +149,54 @@ class TrialRunner:
         self.scoring += time.perf_counter() - begun
         return found
 
-    def step(self, count: int) -> None:
-        """One round of `count` trials."""
-        space, sampler = self.allocator.space, self.study.sampler
-        trials = [self.study.ask(space.distributions) for _ in range(count)]
+    def step(self, count: int, begun: Sequence[Trial] = (), total: int | None = None) -> None:
+        """One round of `count` trials.
+
+        Args:
+            count: Trials of the round.
+            begun: Those of them that were asked for already.
+            total: Trials that the study is to have; one beyond is given back.
+        """
+        trials = list(begun)
+        for _ in range(count - len(begun)):
+            trial = self.study.ask(self.allocator.space.distributions)
+            if self.crew is not None:
+                self.crew.own(trial)
+                if total is not None and self.crew.surplus(trial, total):
+                    self.study.tell(trial, state=TrialState.FAIL)
+                    continue
+            trials.append(trial)
+        self._round(trials)
+
+    def _round(self, trials: Sequence[Trial], told: Sequence[_Rival] = ()) -> None:
+        """Scores trials together and tells them.
+
+        Args:
+            trials: Asked for, not told.
+            told: Trials of the same round that were told before this driver took it over.
+        """
         done = self.study.get_trials(deepcopy=False)
         entries = []
         for trial in trials:
-            candidate = space.candidate(trial.params)
-            static = {**self.footprint.evaluate(candidate), **self.throughput.evaluate(candidate)}
-            if isinstance(sampler, KnapsackSampler):
-                predicted = sampler.predict(done, trial.params)
-            else:
-                predicted = self.allocator.model.predict(trial.params)
-            entries.append(_Entry(trial, candidate, static, predicted, {}))
-        self._climb(entries)
+            with unless_taken(trial):  # another driver took it for abandoned
+                trial.set_user_attr(_ROUND, trials[0].user_attrs.get(_ROUND, trials[0].number))
+                entries.append(self._entry(trial, done))
+        self._climb(entries, told)
         for entry in entries:
-            self._tell(entry)
+            with unless_taken(entry.trial):
+                self._tell(entry)
 
-    def _climb(self, entries: Sequence[_Entry]) -> None:
-        """Scores a round, rung by rung."""
+    def _entry(self, trial: Trial, done: list[FrozenTrial]) -> _Entry:
+        sampler, candidate = self.study.sampler, self.allocator.space.candidate(trial.params)
+        static = {**self.footprint.evaluate(candidate), **self.throughput.evaluate(candidate)}
+        if isinstance(sampler, KnapsackSampler):
+            predicted = sampler.predict(done, trial.params)
+        else:
+            predicted = self.allocator.model.predict(trial.params)
+        return _Entry(trial, candidate, static, predicted, {})
+
+    def _climb(self, entries: Sequence[_Entry], told: Sequence[_Rival] = ()) -> None:
+        """Scores a round, rung by rung; `told` are mates that were scored before."""
         complete, alive = self._rivals(), list(entries)
         for i, tokens in enumerate(self.rungs):
             for entry, columns in zip(alive, self._score(alive, tokens), strict=True):
@@ -148,23 +207,23 @@ class TrialRunner:
                     )
                 entry.columns, entry.rungs[str(tokens)] = columns, columns["kl"]
             mates = [_Rival(e.rungs, e.static, e.candidate.portable) for e in alive]
+            before = [rival for rival in told if str(tokens) in rival.rungs]
             margin = _CLEARLY if i else 0.0
             alive = [
                 e for i, e in enumerate(alive)
                 if e.baseline or not any(
                     self._beats(rival, mates[i], str(tokens), margin)
-                    for rival in [*complete, *mates[:i], *mates[i + 1 :]]
+                    for rival in [*complete, *before, *mates[:i], *mates[i + 1 :]]
                 )
             ]  # fmt: skip
 
     def _rivals(self) -> list[_Rival]:
         """Complete trials; a trial is measured against its own form only, as each form has a winner."""
-        out = []
-        for t in finished(self.study):
-            if t.state == TrialState.COMPLETE:
-                portable = self.allocator.space.candidate(t.params).portable
-                out.append(_Rival(t.user_attrs["rungs"], t.user_attrs["scores"], portable))
-        return out
+        return [self._rival(t) for t in finished(self.study) if t.state == TrialState.COMPLETE]
+
+    def _rival(self, trial: FrozenTrial) -> _Rival:
+        portable = self.allocator.space.candidate(trial.params).portable
+        return _Rival(trial.user_attrs["rungs"], trial.user_attrs["scores"], portable)
 
     def _beats(self, rival: _Rival, own: _Rival, tokens: str, margin: float) -> bool:
         """Whether a rival is as small and fast, and better on the same tokens.
@@ -247,7 +306,9 @@ class TrialRunner:
         trial.set_user_attr("windows", {n: [round(v, 7) for v in c] for n, c in entry.columns.items()})
         trial.set_user_attr("rungs", entry.rungs)
         trial.set_user_attr("scores", scores)
-        trial.set_constraint("bytes over budget", scores["target_bytes"] / self.allocator.limit - 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a driver that was killed here had set it already
+            trial.set_constraint("bytes over budget", scores["target_bytes"] / self.allocator.limit - 1)
         values = [scores["kl"], scores["target_bytes"], scores["tokens_per_second"]]
         complete = rung == self.rungs[-1]
         outcome = {"values": values} if complete else {"state": TrialState.PRUNED}

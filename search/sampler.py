@@ -241,14 +241,24 @@ class KnapsackSampler(BaseSampler):
         raise ValueError(f"{param_name!r} is not a parameter of the space this sampler was made for")
 
 
-def make_sampler(name: str, allocator: Allocator, seed: int, slopes: SlopeBook | None = None) -> BaseSampler:
+def make_sampler(
+    name: str, allocator: Allocator, seed: int, slopes: SlopeBook | None = None, begun: int = 0
+) -> BaseSampler:
     """The sampler `--sampler` names.
+
+    Args:
+        name: In `SAMPLERS`.
+        allocator: Of the space.
+        seed: Of its draws.
+        slopes: Slopes measured so far.
+        begun: Trials the study has: Optuna's samplers draw from one stream, which must not begin again.
 
     Raises:
         UserError: An unknown name.
     """
     if name == "knapsack":
         return KnapsackSampler(allocator, seed, slopes)
+    seed = (seed + begun) % 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":

@@ -1,23 +1,23 @@
-"""The Optuna study: created or resumed."""
+"""The Optuna study: where it is stored, and whether it may go on."""
 
 from __future__ import annotations
 
 import json
 import math
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from search.journal import JournalFile
 from spaces.errors import UserError
 
 _DIRECTIONS: tuple[Literal["minimize", "maximize"], ...] = ("minimize", "minimize", "maximize")
+_BUSY = 120  # seconds a writer waits for the others
 _METRICS = ("KL (nats)", "target bytes", "target tokens/s")
 
 
@@ -36,9 +36,18 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
         if path.is_file() and not _journal(path):
             raise UserError(f"--storage {path}: is no study's journal; give a new file or a database URL")
         path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
+        try:
+            return JournalStorage(JournalFile(path))
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"--storage {path}: is damaged ({str(error)[:100]}); restore a copy of it, or give a new file"
+            ) from error
     try:
-        return optuna.storages.RDBStorage(url)
+        # A server may have closed a connection since it was used last; a file's writers take turns.
+        patience = {"timeout": _BUSY} if url.startswith("sqlite") else {}
+        return optuna.storages.RDBStorage(
+            url, engine_kwargs={"pool_pre_ping": True, "connect_args": patience}
+        )
     except Exception as error:  # SQLAlchemy and drivers raise many kinds
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--storage {url}: cannot be opened ({reason})") from error
@@ -75,28 +84,6 @@ def open_study(name: str, storage: BaseStorage, identity: dict[str, Any]) -> opt
             "give this search a --study name of its own"
         )
     return study
-
-
-def recover(study: optuna.Study, names: Collection[str]) -> int:
-    """Gives trials that a killed run left running another try; returns how many there were.
-
-    Args:
-        study: The study.
-        names: Every parameter of its space.
-    """
-    wanted = set(names)
-    stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in stale:
-        attributes = {"retry_of": trial.number}
-        if "baseline" in trial.user_attrs:
-            attributes["baseline"] = trial.user_attrs["baseline"]
-        study.tell(trial.number, state=TrialState.FAIL)
-        # Killed while it was asked for, a trial has some of its parameters only; those it was
-        # meant to have are known if it was enqueued, and drawn anew if it was not.
-        params = trial.system_attrs.get("fixed_params", trial.params)
-        if set(params) >= wanted:
-            study.enqueue_trial(params, user_attrs=attributes)
-    return len(stale)
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:

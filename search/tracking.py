@@ -9,12 +9,14 @@ go straight into a local artifact folder. `experiments.tracking_time` measures i
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import platform
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +34,8 @@ from spaces.candidate import Candidate
 from spaces.errors import UserError
 from spaces.inventory import Inventory
 
+_PATIENCE = 60  # looks for what another driver is writing
+
 
 class Tracker:
     """Writes a study to MLflow; goes on with the parent run of an earlier start.
@@ -42,6 +46,7 @@ class Tracker:
         out: Folder of the run.
         params: What the parent run is labelled with.
         inventory: Of the searched model.
+        elsewhere: Tells of which finished trials another living driver takes care.
 
     Attributes:
         client: MLflow's client of the tracking server and its model registry.
@@ -52,7 +57,13 @@ class Tracker:
     """
 
     def __init__(
-        self, study: Study, uri: str | None, out: Path, params: Mapping[str, Any], inventory: Inventory
+        self,
+        study: Study,
+        uri: str | None,
+        out: Path,
+        params: Mapping[str, Any],
+        inventory: Inventory,
+        elsewhere: Callable[[], Callable[[FrozenTrial], bool]] = lambda: lambda trial: False,
     ) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -63,21 +74,37 @@ class Tracker:
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        self.study, self.inventory = study, inventory
-        self.uri = uri or f"sqlite:///{out / 'mlflow.db'}"
+        self.study, self.inventory, self.elsewhere = study, inventory, elsewhere
+        self.uri = tracking_uri(uri, out)
         _answers(self.uri)
         with self.told("cannot be used"):
             self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment = self._experiment(out if self.uri.startswith("sqlite:") else None)
             self.parent = self._parent(params)
-            runs = self.client.search_runs(
-                [self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'", max_results=50_000
-            )
-            self._logged = {r.data.tags["trial"]: r for r in runs if r.info.status == "FINISHED"}
-            for cut_short in (r for r in runs if r.info.status != "FINISHED"):
-                self.client.delete_run(cut_short.info.run_id)
+            self._logged = self._known(clear=True)
         self._writer = ThreadPoolExecutor(1, "mlflow")
         self._queue: dict[str, Future[Any]] = {}
+
+    def _known(self, clear: bool = False) -> dict[str, Any]:
+        """Trial number to its run, of trials that are written; with `clear`, others' remains go."""
+        runs = self.client.search_runs(
+            [self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'", max_results=50_000
+        )
+        if clear:
+            others = self.elsewhere()
+            busy = {str(t.number) for t in self.study.get_trials(deepcopy=False) if others(t)}
+            for run in runs:
+                if run.info.status != "FINISHED" and run.data.tags["trial"] not in busy:
+                    self.client.delete_run(run.info.run_id)
+        return {r.data.tags["trial"]: r for r in runs if r.info.status == "FINISHED"}
+
+    def log_all(self, candidate: Callable[[FrozenTrial], Candidate]) -> None:
+        """Has the finished trials written that are not yet, but for those another driver takes care of."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        others = self.elsewhere()
+        for trial in self.study.get_trials(deepcopy=False, states=states):
+            if "scores" in trial.user_attrs and not others(trial):
+                self.log_trial(trial, candidate(trial))
 
     @contextlib.contextmanager
     def told(self, what: str) -> Iterator[None]:
@@ -108,7 +135,9 @@ class Tracker:
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        known = self.study.user_attrs.get("mlflow_run")
+        # Drivers that track to another place have a parent run of their own there.
+        attribute = f"mlflow_run {tracking_place(self.uri)}"
+        known = self.study.user_attrs.get(attribute)
         if known is not None:
             with contextlib.suppress(MlflowException):
                 if self.client.get_run(known).info.lifecycle_stage == "active":
@@ -118,7 +147,7 @@ class Tracker:
         run = self.client.create_run(self.experiment, tags=tags)
         labels = [Param(key, str(value)[:500]) for key, value in params.items()]
         self.client.log_batch(run.info.run_id, params=labels)
-        self.study.set_user_attr("mlflow_run", run.info.run_id)
+        self.study.set_user_attr(attribute, run.info.run_id)
         return str(run.info.run_id)
 
     def log_trial(
@@ -178,13 +207,26 @@ class Tracker:
     def log_report(self, trial: FrozenTrial, figures: dict[str, float], content: dict[str, Any]) -> None:
         """Adds a finalist's scores on text no trial saw to its run, all of them as report.json."""
         self.flush()
-        run = self._logged[str(trial.number)]
+        run = self._run_of(str(trial.number))
         with self.told("was lost"):
             # The time of the trial, so that a rerun writes nothing twice.
             self.client.log_batch(
                 run.info.run_id, metrics=_metrics(figures, _milliseconds(trial.datetime_complete))
             )
             self._put(run, "report.json", json.dumps(content, indent=1) + "\n")
+
+    def _run_of(self, number: str) -> Any:
+        """The run of a trial, waited for where another driver is about to write it."""
+        for _ in range(_PATIENCE):
+            if number in self._logged:
+                break
+            self._logged |= self._known()
+            time.sleep(0.5)
+        if number not in self._logged:
+            raise UserError(
+                f"--tracking-uri {self.uri}: trial {number} is missing there; run the same command again"
+            )
+        return self._logged[number]
 
     def _put(self, run: Any, name: str, text: str) -> None:
         """Writes an artifact, in place where the artifact folder is on this machine."""
@@ -218,6 +260,17 @@ class Tracker:
                 for path in filter(Path.is_file, paths):
                     self.client.log_artifact(self.parent, str(path), folder or None)
             self.client.set_terminated(self.parent, "FINISHED")
+
+
+def tracking_uri(uri: str | None, out: Path) -> str:
+    """The tracking server's URI: as given, or a SQLite file in the run's folder."""
+    return uri or f"sqlite:///{out / 'mlflow.db'}"
+
+
+def tracking_place(uri: str) -> str:
+    """A name of what a URI leads to from here, the same for all who write to it; it hides passwords."""
+    local = urlparse(uri).scheme in ("", "file", "sqlite")
+    return hashlib.sha256(f"{platform.node() if local else ''} {uri}".encode()).hexdigest()[:16]
 
 
 def _metrics(figures: Mapping[str, float], timestamp: int) -> list[Any]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.allocator import Allocator
 from search.sampler import make_sampler
-from search.study import finished, open_storage, open_study, recover, window_scores
+from search.study import finished, open_storage, open_study, window_scores
 from spaces.errors import UserError
 from tests.search import synthetic
 from tests.search.fake_pool import FakePool, make_runner
@@ -23,18 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 IDENTITY = {"model": "m", "budget": 10**9, "seed": 0}
 ALLOCATOR = synthetic.allocator(tiny.space(num_hidden_layers=3), 0.5)
 SPACE = ALLOCATOR.space
-
-
-def study_of(allocator: Allocator = ALLOCATOR, sampler: str = "random", seed: int = 0) -> optuna.Study:
-    study = open_study("s", optuna.storages.InMemoryStorage(), IDENTITY)
-    study.sampler = make_sampler(sampler, allocator, seed)
-    return study
-
-
-def params(kind: str = "Q4_K", criterion: str = "reap", kept: int | dict[int, int] = 8) -> dict[str, Any]:
-    """Parameters whose size is set by `kind` and `kept`, and whose experts by `criterion`."""
-    types = {t.name: kind if t.row % 256 == 0 else "Q8_0" for t in SPACE.inventory.quantizable}
-    return SPACE.params(types, kept, criterion)
 
 
 def test_scores_of_windows_are_averaged() -> None:
@@ -61,29 +47,6 @@ def reopen(path: Path) -> optuna.Study:
     return study
 
 
-def test_a_running_trial_of_a_killed_run_is_tried_again_once(tmp_path: Path) -> None:
-    study = reopen(tmp_path / "study.journal")
-    make_runner(study, ALLOCATOR, FakePool(lambda c: 1.0)).run(2)
-    study.enqueue_trial(params(), user_attrs={"baseline": "uniform"})
-    left = study.ask(SPACE.distributions)
-
-    again = reopen(tmp_path / "study.journal")
-    assert recover(again, SPACE.distributions) == 1
-    assert recover(again, SPACE.distributions) == 0
-    states = [t.state for t in again.get_trials()]
-    assert states.count(TrialState.WAITING) == 1
-    assert states[left.number] == TrialState.FAIL
-
-    once_more = reopen(tmp_path / "study.journal")
-    assert recover(once_more, SPACE.distributions) == 0
-    make_runner(once_more, ALLOCATOR, FakePool(lambda c: 1.0)).run(3)
-    last = finished(once_more)[-1]
-    assert last.params == params()
-    assert last.user_attrs["retry_of"] == left.number
-    assert last.user_attrs["baseline"] == "uniform"
-    assert len(finished(once_more)) == 3
-
-
 def test_finished_trials_survive_and_are_not_run_again(tmp_path: Path) -> None:
     study = reopen(tmp_path / "study.journal")
     make_runner(study, ALLOCATOR, FakePool(lambda c: 0.5)).run(5)
@@ -93,37 +56,6 @@ def test_finished_trials_survive_and_are_not_run_again(tmp_path: Path) -> None:
     make_runner(again, ALLOCATOR, pool).run(5)
     assert [(t.number, t.params, t.values) for t in finished(again)] == before
     assert not pool.scored
-
-
-def interrupted(enqueued: dict[str, Any], suggested: int) -> optuna.Study:
-    """A study killed when `suggested` parameters of a baseline had been written."""
-    study = study_of(sampler="knapsack")
-    study.enqueue_trial(enqueued, user_attrs={"baseline": "uniform"})
-    study.ask(dict(list(SPACE.distributions.items())[:suggested]))
-    return study
-
-
-@pytest.mark.parametrize("suggested", [0, 5])
-def test_a_baseline_killed_while_it_was_asked_for_is_run_as_it_was_meant(suggested: int) -> None:
-    study = interrupted(params(), suggested)
-    recover(study, SPACE.distributions)
-    make_runner(study, ALLOCATOR, FakePool(lambda c: 1.0)).run(1)
-    (trial,) = finished(study)
-    assert trial.user_attrs.get("baseline") == "uniform"
-    assert trial.params == params()
-
-
-def test_a_trial_killed_while_it_was_asked_for_still_fits_the_budget() -> None:
-    allocator = synthetic.allocator(tiny.space(), 0.1)
-    space = allocator.space
-    for seed in range(5):
-        study = study_of(allocator, "random", seed)
-        names = list(space.distributions)
-        study.ask({name: space.distributions[name] for name in names[: len(names) // 2]})
-        recover(study, SPACE.distributions)
-        make_runner(study, allocator, FakePool(lambda c: 1.0)).run(1)
-        (trial,) = finished(study)
-        assert trial.user_attrs["scores"]["target_bytes"] <= allocator.limit
 
 
 def test_a_study_of_the_same_problem_goes_on() -> None:
