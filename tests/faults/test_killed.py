@@ -1,0 +1,177 @@
+"""kill -9 of the driver, a worker or Ray's raylet at any moment changes nothing in how a search ends."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.faults.commands import Command, arguments, leftovers, logged, short_texts, trials, winner
+
+Texts = tuple[Path, Path]
+
+
+def run_to_the_end(arguments: list[str], log: Path) -> float:
+    """Seconds it took."""
+    command = Command(arguments, log)
+    try:
+        assert command.wait() == 0, command.output()[-3000:]
+    finally:
+        command.end()
+    return time.monotonic() - command.started
+
+
+@pytest.fixture(scope="module")
+def short(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    return short_texts(texts, tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_checkpoint: Path, short: Texts, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, str], tuple[Path, float]]:
+    """By workers and repairs: the folder of a search nothing happened to, and the seconds it took."""
+
+    @cache
+    def of(workers: int, repair: str) -> tuple[Path, float]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        options = arguments(tiny_checkpoint, short, folder / "out", workers, repair)
+        return folder / "out", run_to_the_end(options, folder / "log")
+
+    return of
+
+
+def same(out: Path, undisturbed: Path) -> None:
+    assert trials(out) == trials(undisturbed)
+    assert winner(out) == winner(undisturbed)
+    assert logged(out) == list(range(len(trials(undisturbed))))
+    assert not leftovers(out / "winner")
+
+
+def kill_driver(command: Command, rng: random.Random) -> None:
+    command.kill()
+
+
+def kill_worker(command: Command, rng: random.Random) -> None:
+    workers = command.called("ray::")
+    if workers:
+        rng.choice(workers).kill()
+
+
+def kill_raylet(command: Command, rng: random.Random) -> None:
+    for raylet in command.called("raylet"):
+        raylet.kill()
+
+
+Kill = Callable[[Command, random.Random], None]
+
+
+def disturbed(
+    arguments: list[str], folder: Path, kill: Kill, moments: list[float], rng: random.Random
+) -> list[float]:
+    """Runs a search that is hit at every one of the moments (seconds after a start, or after the last blow).
+
+    Returns:
+        Seconds from each blow until a trial, a file or a stage showed that work went on.
+    """
+    command, recovered, log = Command(arguments, folder / "log"), [], folder / "log"
+    try:
+        for moment in moments:
+            deadline = time.monotonic() + moment
+            while command.lives() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if command.process.poll() == 0:
+                break  # it was done before
+            kill(command, rng)
+            begun, before = time.monotonic(), newest(folder / "out")
+            settle = begun + 15.0
+            while command.lives() and newest(folder / "out") == before and time.monotonic() < settle:
+                time.sleep(0.1)
+            if not command.lives() and command.process.returncode != 0:
+                command = Command(arguments, log)  # the same command again
+            while command.lives() and newest(folder / "out") == before:
+                time.sleep(0.1)
+            recovered.append(time.monotonic() - begun)
+        while command.wait() != 0:
+            if kill is not kill_raylet or len(recovered) > 40:
+                raise AssertionError(command.output()[-3000:])
+            command = Command(arguments, log)
+    finally:
+        command.end()
+    return recovered
+
+
+def newest(out: Path) -> float:
+    """When the newest file of a folder was written."""
+    times = [0.0]
+    for path in out.rglob("*"):
+        if not path.name.endswith((".part", ".lock", ".flock")):
+            try:
+                times.append(path.stat().st_mtime)
+            except FileNotFoundError:
+                continue
+    return max(times)
+
+
+def test_a_search_killed_while_it_runs_ends_as_an_undisturbed_one(
+    undisturbed: Callable[[int, str], tuple[Path, float]], tiny_checkpoint: Path, short: Texts, tmp_path: Path
+) -> None:
+    expected, seconds = undisturbed(0, "none")
+    options = arguments(tiny_checkpoint, short, tmp_path / "out", 0)
+    assert disturbed(options, tmp_path, kill_driver, [0.5 * seconds, 0.6 * seconds], random.Random(1))
+    same(tmp_path / "out", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("name", "kill", "workers", "repair"),
+    [
+        ("the driver, without Ray", kill_driver, 0, "auto"),
+        ("the driver of two Ray workers", kill_driver, 2, "none"),
+        ("a Ray worker", kill_worker, 2, "none"),
+        ("Ray's raylet", kill_raylet, 2, "none"),
+    ],
+)
+def test_kills_at_random_moments_change_nothing(
+    name: str,
+    kill: Kill,
+    workers: int,
+    repair: str,
+    undisturbed: Callable[[int, str], tuple[Path, float]],
+    tiny_checkpoint: Path,
+    short: Texts,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """30 of each, over as many studies as they take."""
+    rng = random.Random(name)
+    expected, whole = undisturbed(workers, repair)
+    seconds: list[float] = []
+    study = 0
+    while len(seconds) < 30:
+        study += 1
+        folder = tmp_path / str(study)
+        folder.mkdir()
+        options = arguments(tiny_checkpoint, short, folder / "out", workers, repair)
+        blows = min(6, 30 - len(seconds))
+        moments = [rng.uniform(1.0, 0.8 * whole) for _ in range(blows)]
+        seconds += disturbed(options, folder, kill, moments, rng)
+        same(folder / "out", expected)
+    record_property(
+        "fault",
+        json.dumps(
+            {
+                "fault": f"kill -9 of {name} at a random moment",
+                "injected": len(seconds),
+                "lost": 0,
+                "seconds": round(statistics.median(seconds), 1),
+            }
+        ),
+    )
