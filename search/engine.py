@@ -130,7 +130,10 @@ class Search:
         study = open_study(o.study, storage, self.identity(texts))
         stages.keep_texts(self.cache, texts, about)
         stream = streams(o.stream, self.checkpoint.inventory, o.workers)
-        study.set_user_attr("settings", self._settings() | {"streamed": stream})
+        known = study.user_attrs.get("settings")
+        # Another driver's folder stands in them, as long as it is there to be opened.
+        if known is None or known["out"] == str(o.out) or not Path(known["out"]).exists():
+            study.set_user_attr("settings", self._settings() | {"streamed": stream})
         setup = Setup(
             str(self.checkpoint.path), self.checkpoint.inventory.name, str(self.cache), o.runtime,
             o.tasks, o.limit, str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,
