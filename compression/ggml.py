@@ -8,6 +8,7 @@ everything it cannot take is refused here first.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
 from functools import cache
@@ -40,18 +41,28 @@ class _Traits(ctypes.Structure):
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
+@cache
 def version() -> str:
-    """What names the quantizers: banks of another version are not reused."""
-    return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+    """What names the quantizers: the wheel's version and the start of its library's SHA-256.
+
+    Banks of another version are not reused. The hash tells libraries apart that were built anew under
+    one version.
+    """
+    with _library_file().open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return f"{PACKAGE} {importlib.metadata.version(PACKAGE)} {digest[:12]}"
+
+
+def _library_file() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"the package {PACKAGE} is missing; install moefit's dependencies")
+    return next(Path(spec.submodule_search_locations[0]).glob(f"{PACKAGE}.abi3.*"))
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(f"the package {PACKAGE} is missing; install moefit's dependencies")
-    path = next(Path(spec.submodule_search_locations[0]).glob(f"{PACKAGE}.abi3.*"))
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(_library_file()))
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [integer, pointer, pointer, wide, wide, wide, pointer]

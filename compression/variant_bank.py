@@ -9,12 +9,13 @@ search that was killed finds what it had finished.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from spaces.quant_types import IGNORES_IMATRIX, quant_type
 
 _MAGIC = b"MFBANK1\0"
 _HEADER = struct.Struct("<8s32sQd8x")  # magic, SHA-256 of the blocks, their bytes, relative error
+HEADER_BYTES = _HEADER.size
+"""Of a variant's file, before its blocks."""
+
 _FEEDBACK = " feedback 1"  # another number for another way of doing it
 _ROWS = 2**22  # weights quantized at once: bounds memory, and lets errors be summed on the way
 
@@ -64,16 +68,31 @@ class _Variant:
         self.size += blocks.nbytes
 
 
+class Remote(Protocol):
+    """The bank that a folder on another machine is a part of."""
+
+    def fetch(self, path: Path) -> None:
+        """Brings a variant to `path` if it is not there.
+
+        Raises:
+            UserError: There is none, or it is damaged.
+        """
+
+    def send(self, path: Path) -> None:
+        """Takes a variant that was made; it need not stay at `path`."""
+
+
 class VariantBank:
     """Quantized variants in a folder, shared by all workers of a node.
 
     Args:
         folder: Where they lie.
         keep: Whether variants stay mapped once used; without, memory is given back as they are dropped.
+        remote: Where missing variants come from and new ones go; None: the folder holds all.
     """
 
-    def __init__(self, folder: Path, keep: bool = True) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: bool = True, remote: Remote | None = None) -> None:
+        self.folder, self.keep, self.remote = folder, keep, remote
         self._checked: set[str] = set()
         self._keys: dict[tuple[str, str], str] = {}
         self._open: dict[tuple[str, str], np.ndarray] = {}
@@ -113,7 +132,14 @@ class VariantBank:
         missing = [t for t in keys if t not in done]  # each once, however often it was asked for
         if missing:
             done |= self._quantize(tensor, missing, keys, read, imatrix, hessian)
+        if self.remote is not None:
+            for key in {*keys.values()}:
+                self.remote.send(self.path(key))
         return [(t, keys[t], done[t]) for t in types]
+
+    def holds(self, key: str) -> bool:
+        """Whether a variant lies there in full; its checksum is verified when it is used."""
+        return self._finished(key) is not None
 
     def _finished(self, key: str) -> float | None:
         """The error of a variant that is there, else None."""
@@ -122,8 +148,11 @@ class VariantBank:
             return None
         with path.open("rb") as stream:
             head = stream.read(_HEADER.size)
-        whole = len(head) == _HEADER.size and head[:8] == _MAGIC
-        return float(_HEADER.unpack(head)[3]) if whole else None
+            left = stream.seek(0, os.SEEK_END) - len(head)
+        if len(head) < _HEADER.size:
+            return None
+        magic, _, size, error = _HEADER.unpack(head)
+        return float(error) if magic == _MAGIC and size == left else None
 
     def _quantize(
         self,
@@ -171,6 +200,8 @@ class VariantBank:
     def blocks(self, tensor: Tensor, type_name: str) -> np.ndarray:
         """(..., row bytes) uint8 of a variant, memory-mapped and checked on first use.
 
+        A damaged file is removed, so that the next run makes it anew.
+
         Raises:
             UserError: The variant's file is missing or its checksum does not hold.
         """
@@ -179,6 +210,8 @@ class VariantBank:
             return self._open[name]
         key = self._keys[name]
         path = self.path(key)
+        if self.remote is not None and not path.exists():
+            self.remote.fetch(path)
         try:
             raw = np.memmap(path, np.uint8, "r")
         except (OSError, ValueError) as error:
@@ -188,14 +221,28 @@ class VariantBank:
         payload = raw[_HEADER.size :]
         whole = magic == _MAGIC and len(payload) == size == tensor.bytes(type_name)
         if not whole or (key not in self._checked and hashlib.sha256(payload.data).digest() != digest):
+            with suppress(OSError):  # the disk may be read-only
+                path.unlink()
             raise UserError(
-                f"{path}: damaged ({tensor.name} as {type_name}); delete it and run the search again"
+                f"{path}: damaged ({tensor.name} as {type_name}), and removed; run the search again, which "
+                "makes it anew"
             )
         self._checked.add(key)
         blocks = payload.reshape(*tensor.shape[:-1], quant_type(type_name).row_bytes(tensor.row))
         if self.keep:
             self._open[name] = blocks
         return blocks
+
+
+def sound(path: Path) -> bool:
+    """Whether a file is a whole variant whose checksum holds."""
+    try:
+        with path.open("rb") as stream:
+            magic, digest, size, _ = _HEADER.unpack(stream.read(_HEADER.size))
+            found = hashlib.file_digest(stream, "sha256").digest()
+            return bool(magic == _MAGIC and stream.tell() == _HEADER.size + size and found == digest)
+    except (OSError, struct.error):
+        return False
 
 
 def variant_key(

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 
+from search.cache_files import load_text
 from search.commands import run_command
+from search.options import Parser, at_least, seed
 from search.pool import LocalPool
 from search.rebuild import OpenStudy
 from search.verify import verify_gguf
-from search.worker import load_text
 from spaces.space import PORTABLE, Space
 
 
@@ -33,13 +34,15 @@ def random_params(space: Space, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--study", required=True)
     parser.add_argument("--storage")
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     args = parser.parse_args()
+    at_least("--count", args.count, 1)
+    seed(args.seed)
     opened = OpenStudy.open(args.study, args.storage)
     worker, rng = opened.worker, np.random.default_rng(args.seed)
     pool = LocalPool(worker.setup)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import sqlite3
 import sys
 from collections.abc import Callable
 
 from spaces.errors import UserError
+
+_FULL = "free space there, then run the same command again: it goes on where it was"
+_FAILING = "check the disk, then run the same command again: it goes on where it was"
+_REMEDIES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.EIO: _FAILING}
+_MORE_MEMORY = (
+    "give fewer --workers, --stream yes or more memory, then run the same command again: it goes on where it "
+    "was"
+)
+_SQLITE_FULL = re.compile("disk is full|disk I/O error|unable to open database file")
+# torch's allocator has no error of its own.
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 
 
 def quiet_libraries() -> None:
@@ -32,12 +46,39 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; free space or check the path, then run it again",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        line = outside_failure(error)
+        if line is None:
+            raise
+        print(f"error: {UserError(line)}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
+
+
+def outside_failure(error: BaseException) -> str | None:
+    """One line on a disk or a memory that failed; None for an error that is this program's own."""
+    if isinstance(error, OSError) and error.errno not in _REMEDIES:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; check the path, then run the same command again"
+    return exhausted(error)
+
+
+def exhausted(error: BaseException | None) -> str | None:
+    """One line where a full or failing disk or too little memory is behind an error, else None.
+
+    Libraries wrap what the system told them, so that causes are looked at too.
+    """
+    while error is not None:
+        text = " ".join(str(error).split())[:200]
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+            return f"out of memory ({text or 'an allocation failed'}); {_MORE_MEMORY}"
+        if isinstance(error, OSError) and error.errno in _REMEDIES:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or text}; {_REMEDIES[error.errno]}"
+        if isinstance(error, sqlite3.OperationalError) and _SQLITE_FULL.search(text):
+            return f"SQLite: {text}; {_FULL}"
+        error = error.__cause__ or error.__context__
+    return None

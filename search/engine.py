@@ -20,6 +20,7 @@ from evaluators.throughput import Throughput
 from search import stages
 from search.allocator import Allocator
 from search.baselines import baselines
+from search.cache_files import same_ingredients, study_identity_of_cache
 from search.console import Stages, console, problem_table
 from search.costs import LEAN, STREAMED, CostModel
 from search.drivers import Crew
@@ -209,6 +210,7 @@ class Running:
             stages.calibrate(self.pool, self.search.cache, advance)
         with self.stages.stage("quantization") as advance:
             errors = stages.quantize(self.pool, self.space, self.search.cache, advance)
+        self._check_ingredients()
         self.warnings = warnings(self.calibration, self.space.inventory, errors)
         if o.export:
             self.warnings += self.search.checkpoint.family.approximations()
@@ -218,6 +220,12 @@ class Running:
             effort = STREAMED if self.setup.stream else LEAN
             model, _ = stages.measure_costs(self.pool, self.space, errors, self.search.cache, advance, effort)
         return model
+
+    def _check_ingredients(self) -> None:
+        """Refuses a study whose experts and types mean something else by this cache."""
+        found = study_identity_of_cache(self.search.cache)
+        same_ingredients(self.study.user_attrs.get("ingredients"), found, self.study.study_name)
+        self.study.set_user_attr("ingredients", found)
 
     @cached_property
     def calibration(self) -> Calibration:

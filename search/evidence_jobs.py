@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compression.files import write_text
+from compression import sealed
 from evaluators.texts import TextSet
+from search.cache_files import material, text_digests
 from spaces.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class EvidenceJobs:
 
     cache: Path
     model: Any
+    checkpoint: Any
     settings: Any
     population: Any
 
@@ -61,8 +63,11 @@ class EvidenceJobs:
         """Evidence of a candidate on report text; what was found before is read again."""
         chosen = Candidate.from_json(candidate)
         file = evidence_file(self.cache, chosen.key, repaired)
+        made_of = material(self.cache, "report")
+        if repaired:
+            made_of["repairs"] = self.repairs(chosen).digest
         if file.exists():
-            known: dict[str, Any] = json.loads(file.read_text("utf-8"))
+            known: dict[str, Any] = json.loads(sealed.read(file, made_of))
             if known["version"] == VERSION:
                 return known
         parts, sizes, windows = self._parts(chosen)
@@ -76,18 +81,19 @@ class EvidenceJobs:
             "windows": windows,
             "routing": routed,
         }
-        write_text(file, json.dumps(found) + "\n")
+        sealed.write(file, json.dumps(found) + "\n", made_of)
         return found
 
     def base_scores(self, name: str) -> dict[str, list[float]]:
         """Per-window kl (nothing), nll and top1 of the uncompressed model on a text; kept in a file."""
         file = self.cache / f"base-{name}.json"
+        made_of = {"model": self.checkpoint.fingerprint, **text_digests(self.cache, name)}
         if not file.exists():
             text, states = self._text(name, 10**9), self._states(name)
             (found,) = self.population.measure([self.settings.base], text, states)
             columns = {"kl": found.kl.tolist(), "nll": found.nll.tolist(), "top1": found.top1.tolist()}
-            write_text(file, json.dumps(columns))
-        known: dict[str, list[float]] = json.loads(file.read_text("utf-8"))
+            sealed.write(file, json.dumps(columns), made_of)
+        known: dict[str, list[float]] = json.loads(sealed.read(file, made_of))
         return known
 
     def _parts(

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from compression.files import write_text
+from compression import sealed
+from search.cache_files import material
 from search.pool import Job, Pool
 from search.runner import TrialRunner
 from search.study import finished, window_scores
@@ -54,8 +55,9 @@ def score_on(
 ) -> dict[int, dict[str, Any]]:
     """Trial number to quality scores on a text, with the per-window KL under `windows_kl`.
 
-    Each score is kept in `cache`, where a run that was killed finds it again.
+    Each score is kept in `cache`, a folder in the study's, where a run that was killed finds it again.
     """
+    made_of = material(cache.parent, text)
     space = runner.allocator.space
     files = {t.number: cache / f"{text}-{tokens}-{t.user_attrs['candidate']}.json" for t in trials}
     missing = [t for t in trials if not files[t.number].exists()]
@@ -66,13 +68,13 @@ def score_on(
     def keep(i: int, columns: Any) -> None:
         nonlocal done
         done += 1
-        write_text(files[missing[i].number], json.dumps(columns[0]))
+        sealed.write(files[missing[i].number], json.dumps(columns[0]), made_of)
         progress(done, len(trials))
 
     pool.run(jobs, keep)
     out = {}
     for trial in trials:
-        columns = json.loads(files[trial.number].read_text("utf-8"))
+        columns = json.loads(sealed.read(files[trial.number], made_of))
         scores: dict[str, Any] = dict(
             window_scores(columns, bytes_per_token, len(columns["kl"]) * runner.text.windows.shape[1])
         )

@@ -10,14 +10,18 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from compression.checkpoint import open_checkpoint
+from search.cache_files import bank_index, load_text
 from search.memory import streams
 from search.problem import Problem, make_problem
 from search.study import finished, open_storage, window_scores
-from search.worker import Setup, Worker, bank_index, load_text
+from search.worker import Setup, Worker
 from spaces.candidate import Candidate
 from spaces.carry import Carry
 from spaces.devices import Device
 from spaces.errors import UserError, unknown
+
+_NEEDED = {"out", "model", "name", "runtime", "export", "target", "budget", "device", "context"}
+_DIGITS = 9  # of a trial's number
 
 
 @dataclass
@@ -48,11 +52,13 @@ class OpenStudy:
         opened = open_storage(storage, default)
         names = [s.study_name for s in opened.get_all_studies()]
         if name not in names:
-            raise unknown("--study", name, names) if names else UserError(f"{storage}: holds no study")
+            raise unknown("--study", name, names) if names else UserError(f"{storage or default}: holds no study")
         study = optuna.load_study(study_name=name, storage=opened)
         settings = study.user_attrs.get("settings")
         if settings is None:
             raise UserError(f"--study {name}: was not made by search.run")
+        if not settings.keys() >= _NEEDED:
+            raise UserError(f"--study {name}: was made by another version of search.run; run the search again")
         cache = Path(settings["out"]) / "cache"
         if not (cache / "calibration.npz").exists() or not (cache / "bank.json").exists():
             raise UserError(f"{cache}: the study's calibration and bank are gone; run the search again")
@@ -87,7 +93,7 @@ class OpenStudy:
                 return next(t for t in complete if t.number == chosen)
             portable = [t for t in complete if self.candidate(t).portable]
             return min(portable or complete, key=lambda t: (t.user_attrs["scores"]["kl"], t.number))
-        if not which.isdecimal():
+        if not which.isdecimal() or len(which) > _DIGITS:
             raise UserError(f"--trial must be best or a trial's number, got {which!r}")
         for t in done:
             if t.number == int(which):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compression import sealed
+from search.cache_files import material
 from spaces.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ class RepairJobs:
         from compression.overrides import Overrides
 
         file = self.cache / "repairs" / f"{candidate.key}.safetensors"
-        return Overrides.load(file, self.model.inventory, candidate)
+        found = Overrides.load(file, self.model.inventory, candidate)
+        sealed.check(file, material(self.cache, "calibration", "repair"))
+        return found
 
     def repair(self, candidate: str) -> int:
         """Quantizes a candidate again with error feedback and re-fits its scales, norms and routers.
@@ -52,6 +56,7 @@ class RepairJobs:
         if not file.exists():
             start = requantized(self.model, chosen, calibration.windows)
             Tuner(self.model, chosen, recipe).run(text, start=start).save(file)
+            sealed.seal(file, material(self.cache, "calibration", "repair"))
         # The inputs of every tensor are looked at in one pass, the re-fit takes the rest.
         return int(calibration.windows.size) + 3 * recipe.steps * recipe.windows * int(text.windows.shape[1])
 

@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from compression.files import write_text
+from compression import sealed
+from compression.sealed import UnsoundError
+from search.cache_files import material
+from search.console import console
 
 Slopes = Mapping[tuple[str, str], tuple[float, float]]
 """(tensor, type) -> (first, second) as in `evaluators.slopes.Slope`."""
@@ -16,7 +19,7 @@ class SlopeBook:
     """Slopes by candidate key.
 
     Args:
-        folder: Where they are written; None keeps them in memory.
+        folder: Where they are written, in the study's cache; None keeps them in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -24,11 +27,16 @@ class SlopeBook:
         self._known: dict[str, Slopes] = {}
 
     def get(self, key: str) -> Slopes | None:
-        """Slopes at a candidate; None where none were measured."""
+        """Slopes at a candidate; None where none were measured, or what was kept of them may not be used."""
         if key not in self._known and self.folder is not None:
             file = self.folder / f"{key}.json"
             if file.exists():
-                rows = json.loads(file.read_text("utf-8"))
+                try:
+                    rows = json.loads(sealed.read(file, material(self.folder.parent, "search")))
+                except UnsoundError as error:
+                    console.print(f"note: {error.path}: {error.reason}: measured anew", soft_wrap=True)
+                    sealed.remove(file)
+                    return None
                 self._known[key] = {(name, kind): (first, second) for name, kind, first, second in rows}
         return self._known.get(key)
 
@@ -37,4 +45,5 @@ class SlopeBook:
         self._known[key] = slopes
         if self.folder is not None:
             rows = [[*option, *slope] for option, slope in slopes.items()]
-            write_text(self.folder / f"{key}.json", json.dumps(rows))
+            made_of = material(self.folder.parent, "search")
+            sealed.write(self.folder / f"{key}.json", json.dumps(rows), made_of)

@@ -6,15 +6,19 @@ the same command runs again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from compression.files import write_text
+from compression.variant_bank import VariantBank
 from evaluators.texts import TextSet, make_windows, read_documents, split_documents
+from search.cache_files import bank_index, load_text, material, save_bank_index, save_text, sweep
+from search.console import console
 from search.costs import (
     STREAMED,
     CostModel,
@@ -27,8 +31,7 @@ from search.costs import (
     type_probes,
 )
 from search.pool import Job, Pool
-from search.worker import bank_index, load_text, save_bank_index, save_text
-from spaces.errors import UserError
+from spaces.errors import MALFORMED, UserError
 from spaces.space import Space
 
 SEARCH_TOKENS = 16384
@@ -83,8 +86,10 @@ def prepare_texts(
 
 def stale(cache: Path, identity: dict[str, Any]) -> bool:
     """Whether the cache belongs to another model or other texts."""
-    file = cache / "identity.json"
-    return file.exists() and bool(json.loads(file.read_text("utf-8")) != identity)
+    try:
+        return bool(json.loads((cache / "identity.json").read_text("utf-8")) != identity)
+    except MALFORMED:
+        return False  # none, or damaged: every file says itself what it is of
 
 
 def keep_texts(cache: Path, texts: dict[str, TextSet], identity: dict[str, Any]) -> None:
@@ -96,7 +101,11 @@ def keep_texts(cache: Path, texts: dict[str, TextSet], identity: dict[str, Any])
 
 
 def calibrate(pool: Pool, cache: Path, progress: Progress) -> None:
-    """Calibration first (the bank hangs on it), then expert sets (so does the space) and base states."""
+    """Calibration first (the bank hangs on it), then expert sets (so does the space) and base states.
+
+    Whatever the cache holds that is damaged or of something else is removed before.
+    """
+    sweep(cache)
     names = ("search", "selection", "report")
     sizes = {n: int(load_text(n, cache).windows.size) for n in (*names, "calibration")}
     total, done = sum(sizes.values()) + sizes["calibration"], 0
@@ -108,9 +117,13 @@ def calibrate(pool: Pool, cache: Path, progress: Progress) -> None:
 
     if not (cache / "calibration.npz").exists():
         pool.run([("calibrate", ())])
+        sweep(cache)  # what another calibration led to
+    elif not (cache / "experts.json").exists():
+        pool.run([("choose_experts", ())])  # else each worker would measure for itself
     advance("calibration")
     if not (cache / "expert_sets.json").exists():
         pool.run([("expert_sets", ())])
+        sweep(cache)
     advance("calibration")
     missing = [n for n in names if not (cache / f"base-{n}.npy").exists()]
     for name in set(names) - set(missing):
@@ -120,7 +133,8 @@ def calibrate(pool: Pool, cache: Path, progress: Progress) -> None:
 
 def quantize(pool: Pool, space: Space, cache: Path, progress: Progress) -> dict[tuple[str, str], float]:
     """Fills the bank with every tensor in every type of its ladder; returns the error of each."""
-    index = bank_index(cache)
+    bank = VariantBank(cache / "bank")
+    index = {name: row for name, row in bank_index(cache).items() if bank.holds(row[0])}
     jobs: list[Job] = []
     weights: list[int] = []
     total = done = 0
@@ -156,21 +170,38 @@ def quantize(pool: Pool, space: Space, cache: Path, progress: Progress) -> dict[
 class CostFile:
     """Costs measured so far, a JSON line each; a line cut short by a crash is measured again.
 
-    The lines of another effort, texts or quantizer stay, but only those whose
-    tokens agree are used.
+    A line ends with a hash of its row and of what costs hang on, so that one that is damaged or of
+    another calibration or quantizer is not used; those of another effort are, where their tokens agree.
+
+    Attributes:
+        file: JSON lines of [row, hash].
+        made_of: See `search.cache_files.material`.
+        unsound: Lines that the last `read` did not use.
     """
 
     file: Path
+    made_of: Mapping[str, str] = field(default_factory=dict)
+    unsound: int = field(default=0, init=False)
+
+    def _line(self, row: Sequence[Any]) -> str:
+        text = json.dumps(row)
+        digest = hashlib.sha256(f"{sorted(self.made_of.items())} {text}".encode()).hexdigest()[:16]
+        return json.dumps([row, digest])
 
     def read(self) -> tuple[dict[Probe, float], dict[Estimate, float]]:
         """Measured (option, tokens) and estimated (option, tokens, probes) costs."""
         measured: dict[Probe, float] = {}
         estimated: dict[Estimate, float] = {}
+        self.unsound = 0
         if self.file.exists():
-            for line in self.file.read_text("utf-8").splitlines():
+            for line in self.file.read_text("utf-8", errors="replace").splitlines():
                 try:
-                    decision, choice, tokens, cost, *probes = json.loads(line)
+                    row, _ = json.loads(line)
+                    if self._line(row) != line:
+                        raise ValueError("its hash does not hold")
+                    decision, choice, tokens, cost, *probes = row
                 except (ValueError, TypeError):
+                    self.unsound += 1
                     continue
                 option = (decision, tuple(choice) if isinstance(choice, list) else choice)
                 if probes:
@@ -192,7 +223,7 @@ class CostFile:
             if stream.tell() and not self._whole(stream):
                 stream.write(b"\n")
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
+            stream.writelines(self._line(row) + "\n" for row in rows)
 
 
 def measure_costs(
@@ -208,8 +239,14 @@ def measure_costs(
     Returns:
         The cost model, and the tokens of forward pass it took in all (now or earlier).
     """
-    file = CostFile(cache / "option_costs.jsonl")
+    file = CostFile(cache / "option_costs.jsonl", material(cache, "search"))
     measured, known = file.read()
+    if file.unsound:
+        console.print(
+            f"note: {file.file}: {file.unsound} lines are cut short, damaged or of another calibration or "
+            "quantizer: measured anew",
+            soft_wrap=True,
+        )
     spent = 0
     estimated: dict[Option, float] = {}
     if effort.slope_tokens:

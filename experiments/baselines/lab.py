@@ -19,11 +19,12 @@ from evaluators.slopes import Option as Priced
 from evaluators.slopes import Slope, Slopes
 from evaluators.texts import WINDOW, TextSet
 from search.allocator import Allocator
+from search.cache_files import bank_index
 from search.costs import CostModel, Option
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS
 from search.pool import LocalPool
 from search.stages import calibrate, keep_texts, prepare_texts, quantize
-from search.worker import Setup, Worker, bank_index
+from search.worker import Setup, Worker
 from spaces.candidate import Candidate
 from spaces.carry import Carry
 from spaces.inventory import Inventory

@@ -19,6 +19,7 @@ from compression.families.base import Family
 from compression.files import write_text
 from compression.safetensors_writer import Item, write
 from search.commands import run_command
+from search.options import Parser
 from spaces.budget import format_size, parse_size
 from spaces.errors import UserError
 
@@ -62,19 +63,19 @@ def _items(of_family: Family, pool: np.ndarray, rng: np.random.Generator) -> Ite
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="30GB", help="bytes of weights, reached by the number of layers")
     args = parser.parse_args()
     wanted = parse_size(args.size, "--size")
+    if args.folder.exists():
+        raise UserError(f"{args.folder}: exists; choose another folder")
     layers = 1
     while True:
         of_family = family({**CONFIG, "num_hidden_layers": layers}, args.folder.name)
         if 2 * of_family.inventory().parameters() >= wanted:
             break
         layers += 1
-    if args.folder.exists():
-        raise UserError(f"{args.folder}: exists; choose another folder")
     args.folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     shards: list[list[Item]] = [[]]

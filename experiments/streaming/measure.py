@@ -20,10 +20,11 @@ from typing import Any
 
 from compression.checkpoint import load_tokenizer, open_checkpoint
 from compression.files import write_text
-from evaluators.texts import make_windows, read_documents
+from evaluators.texts import WINDOW, make_windows, read_documents
+from search.cache_files import bank_index, save_bank_index, save_text
 from search.commands import run_command
-from search.options import SHIPPED_TEXTS
-from search.worker import Setup, Worker, bank_index, save_bank_index, save_text
+from search.options import SHIPPED_TEXTS, Parser, at_least, weight_types
+from search.worker import Setup, Worker
 from spaces.budget import format_size
 from spaces.candidate import Candidate, MoeLayer
 from spaces.space import Space, pick
@@ -74,18 +75,21 @@ def _apart(job: Callable[..., Any], *args: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--types", default="Q3_K,Q6_K")
     parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that quantize")
     args = parser.parse_args()
+    at_least("--tokens", args.tokens, WINDOW)
+    at_least("--workers", args.workers, 1)
+    types = weight_types(args.types)
     checkpoint = open_checkpoint(args.model)
     inventory = checkpoint.inventory
     args.out.mkdir(parents=True, exist_ok=True)
     setup = Setup(
-        str(checkpoint.path), inventory.name, str(args.out), stream=True, types=tuple(args.types.split(",")),
+        str(checkpoint.path), inventory.name, str(args.out), stream=True, types=types,
         threads=args.workers,
     )  # fmt: skip
     whole = 2 * inventory.parameters()

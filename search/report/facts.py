@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from compression.calibration import Calibration
+from search.cache_files import bank_index, load_text
 from search.costs import LEAN, STREAMED, CostModel
 from search.pool import LocalPool
 from search.problem import Problem
 from search.rebuild import OpenStudy
 from search.stages import measure_costs
-from search.worker import bank_index, load_text
 from spaces.candidate import Candidate
-from spaces.errors import UserError
+from spaces.errors import MALFORMED, UserError
 from spaces.inventory import Inventory
 from spaces.plan import Plan
 from spaces.space import PORTABLE, RAGGED, Space
@@ -91,7 +91,12 @@ class Facts:
                 "to its end first"
             )
         number = opened.trial(trial).number
-        result = json.loads(file.read_text("utf-8"))
+        try:
+            result = json.loads(file.read_text("utf-8"))
+            if not isinstance(result, dict):
+                raise TypeError(f"holds a {type(result).__name__}")
+        except MALFORMED as error:
+            raise UserError(f"{file}: damaged ({error}); run the same search.run command again") from error
         if not {"finals", "repairs", "trial_stage", "winners"} <= result.keys():
             raise UserError(f"{file}: is of an older version; run the same search.run command again")
         if number not in {t["number"] for t in result["trials"]}:

@@ -11,15 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression import ggml
+from compression import ggml, sealed
 from compression.calibration import Calibration
 from compression.candidate_model import CandidateModel
-from compression.checkpoint import Checkpoint
+from compression.checkpoint import Checkpoint, open_checkpoint
 from compression.error_feedback import feedback_error, quantize_with_feedback
 from compression.hessians import DAMPING, Hessians, damped
 from compression.variant_bank import VariantBank
 from evaluators.texts import TextSet
-from search.worker import Setup, Worker, save_text
+from search.cache_files import save_text
+from search.worker import Setup, Worker
 from spaces.inventory import Tensor
 from spaces.quant_types import QUANT_TYPES
 from tests.compression.support import candidate, logits, provide, refused
@@ -268,6 +269,9 @@ def test_a_worker_feeds_back_only_where_its_setup_says_so(
 ) -> None:
     save_text(tiny_texts["calibration"], tmp_path)
     tiny_calibration.save(tmp_path / "calibration.npz")
+    digest = tiny_texts["calibration"].digest
+    made_of = {"model": open_checkpoint(tiny_checkpoint).fingerprint, "text calibration": digest}
+    sealed.seal(tmp_path / "calibration.npz", made_of)
     plain = Worker(Setup(str(tiny_checkpoint), "tiny", str(tmp_path)))
     able = Worker(Setup(str(tiny_checkpoint), "tiny", str(tmp_path), feedback=True))
     name = "blk.2.ffn_up_exps.weight"

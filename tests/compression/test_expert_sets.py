@@ -22,9 +22,10 @@ from compression.layer_error import LayerError
 from compression.variant_bank import VariantBank
 from evaluators.texts import TextSet
 from experiments import zoo
+from search.cache_files import save_text
 from search.pool import LocalPool
 from search.stages import calibrate
-from search.worker import Setup, save_text
+from search.worker import Setup
 from spaces.space import SET, pick
 from tests.compression.support import EVERY, logits, refused
 

@@ -131,12 +131,12 @@ def test_a_search_killed_while_it_runs_ends_as_an_undisturbed_one(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("name", "kill", "workers", "repair"),
+    ("name", "kill", "workers", "repair", "times"),
     [
-        ("the driver, without Ray", kill_driver, 0, "auto"),
-        ("the driver of two Ray workers", kill_driver, 2, "none"),
-        ("a Ray worker", kill_worker, 2, "none"),
-        ("Ray's raylet", kill_raylet, 2, "none"),
+        ("the driver, without Ray", kill_driver, 0, "auto", 10),
+        ("the driver of two Ray workers", kill_driver, 2, "none", 6),
+        ("a Ray worker", kill_worker, 2, "none", 8),
+        ("Ray's raylet", kill_raylet, 2, "none", 6),
     ],
 )
 def test_kills_at_random_moments_change_nothing(
@@ -144,23 +144,24 @@ def test_kills_at_random_moments_change_nothing(
     kill: Kill,
     workers: int,
     repair: str,
+    times: int,
     undisturbed: Callable[[int, str], tuple[Path, float]],
     tiny_checkpoint: Path,
     short: Texts,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """30 of each, over as many studies as they take."""
+    """30 in all, over as many studies as they take."""
     rng = random.Random(name)
     expected, whole = undisturbed(workers, repair)
     seconds: list[float] = []
     study = 0
-    while len(seconds) < 30:
+    while len(seconds) < times:
         study += 1
         folder = tmp_path / str(study)
         folder.mkdir()
         options = arguments(tiny_checkpoint, short, folder / "out", workers, repair)
-        blows = min(6, 30 - len(seconds))
+        blows = min(6, times - len(seconds))
         moments = [rng.uniform(1.0, 0.8 * whole) for _ in range(blows)]
         seconds += disturbed(options, folder, kill, moments, rng)
         same(folder / "out", expected)

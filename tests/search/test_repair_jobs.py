@@ -11,7 +11,8 @@ import pytest
 from compression.gguf_file import GgufFile
 from evaluators.texts import TextSet
 from evaluators.tuning import Recipe
-from search.worker import Setup, Worker, save_text
+from search.cache_files import save_text
+from search.worker import Setup, Worker
 from spaces.candidate import Candidate
 from tests.compression.support import candidate, refused
 
