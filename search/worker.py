@@ -7,18 +7,22 @@ anew after a crash and every worker of a node maps the same files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compression.files import atomic, write_text
+from compression import sealed
 from evaluators.texts import TextSet
+from search.cache_files import load_text, text_digests
 from search.evidence_jobs import EvidenceJobs
 from search.repair_jobs import RepairJobs
+
+if TYPE_CHECKING:
+    from compression.variant_bank import Remote
 
 
 @dataclass(frozen=True)
@@ -54,27 +58,23 @@ class Setup:
     feedback: bool = False
 
 
-def save_text(text: TextSet, folder: Path) -> None:
-    """Puts windows where workers find them."""
-    with atomic(folder / f"windows-{text.name}.npz") as stream:
-        np.savez(stream, windows=text.windows, sources=text.sources, bytes_per_token=text.bytes_per_token)
-
-
-def load_text(name: str, folder: Path) -> TextSet:
-    """Reads what `save_text` wrote."""
-    with np.load(folder / f"windows-{name}.npz", allow_pickle=False) as data:
-        sources = tuple(str(s) for s in data["sources"])
-        return TextSet(name, data["windows"], sources, float(data["bytes_per_token"]))
-
-
 class Worker(RepairJobs, EvidenceJobs):
-    """Runs jobs by name: every public method is one."""
+    """Runs jobs by name: every public method is one.
 
-    def __init__(self, setup: Setup) -> None:
+    Args:
+        setup: Its inputs.
+        remote: The driver's bank, where the cache is a copy on another machine.
+    """
+
+    anywhere = ("quantize", "register", "costs", "slopes", "score", "peak_memory")
+    """Jobs that need no more of the driver's disk than checkpoint, calibration, texts, base states and bank,
+    and write nothing but variants; the others find their files, and leave them, where the driver does."""
+
+    def __init__(self, setup: Setup, remote: Remote | None = None) -> None:
         import torch
 
         torch.set_num_threads(setup.threads)
-        self.setup = setup
+        self.setup, self.remote = setup, remote
         self.cache = Path(setup.cache)
         self._texts: dict[tuple[str, int], TextSet] = {}
 
@@ -88,7 +88,9 @@ class Worker(RepairJobs, EvidenceJobs):
     def calibration(self) -> Any:
         from compression.calibration import Calibration
 
-        return Calibration.load(self.cache / "calibration.npz")
+        file = self.cache / "calibration.npz"
+        sealed.check(file, self._made_of("calibration"))
+        return Calibration.load(file)
 
     @cached_property
     def model(self) -> Any:
@@ -107,11 +109,17 @@ class Worker(RepairJobs, EvidenceJobs):
 
         file = self.cache / "experts.json"
         if file.exists():
-            use_experts(model, json.loads(file.read_text("utf-8"))["chosen"])
+            use_experts(model, json.loads(sealed.read(file, self._made_of()))["chosen"])
             return
         seconds = fastest_experts(model)
         if seconds:
-            write_text(file, json.dumps({"chosen": next(iter(seconds)), "seconds": seconds}) + "\n")
+            chosen = json.dumps({"chosen": next(iter(seconds)), "seconds": seconds}) + "\n"
+            sealed.write(file, chosen, self._made_of())
+
+    def choose_experts(self) -> None:
+        """Notes the fastest implementation of experts for all workers, if there is a choice."""
+        if not self.setup.stream:
+            _ = self.model
 
     @cached_property
     def settings(self) -> Any:
@@ -129,7 +137,7 @@ class Worker(RepairJobs, EvidenceJobs):
     def bank(self) -> Any:
         from compression.variant_bank import VariantBank
 
-        return VariantBank(self.cache / "bank", keep=not self.setup.stream)
+        return VariantBank(self.cache / "bank", keep=not self.setup.stream, remote=self.remote)
 
     @cached_property
     def space(self) -> Any:
@@ -139,7 +147,10 @@ class Worker(RepairJobs, EvidenceJobs):
 
         inventory, file = self.checkpoint.inventory, self.cache / "expert_sets.json"
         ranked = rankings(self.calibration, inventory.moe_layers)
-        sets = read_sets(file, inventory) if file.exists() else {}
+        sets = {}
+        if file.exists():
+            sealed.check(file, self._made_of_sets())
+            sets = read_sets(file, inventory)
         return Space(inventory, ranked, self.setup.runtime, self.setup.types, sets)
 
     @cached_property
@@ -155,13 +166,23 @@ class Worker(RepairJobs, EvidenceJobs):
             max_length=task_context(self.checkpoint.family.config),
         )
 
+    def _made_of(self, *texts: str) -> dict[str, str]:
+        """What a file of this model and some texts is made of."""
+        return {"model": self.checkpoint.fingerprint, **text_digests(self.cache, *texts)}
+
+    def _made_of_sets(self) -> dict[str, str]:
+        calibration = sealed.made_of(self.cache / "calibration.npz")["itself"]
+        return self._made_of("calibration") | {"calibration": calibration}
+
     def _text(self, name: str, tokens: int) -> TextSet:
         if (name, tokens) not in self._texts:
             self._texts[name, tokens] = load_text(name, self.cache).head(tokens)
         return self._texts[name, tokens]
 
     def _states(self, name: str) -> np.ndarray:
-        states: np.ndarray = np.load(self.cache / f"base-{name}.npy", mmap_mode="r")
+        file = self.cache / f"base-{name}.npy"
+        sealed.check(file, self._made_of(name))  # also its length: a mapped file that is cut short kills
+        states: np.ndarray = np.load(file, mmap_mode="r")
         return states
 
     def _spread(self, tokens: int, name: str = "search") -> tuple[TextSet, np.ndarray]:
@@ -177,6 +198,7 @@ class Worker(RepairJobs, EvidenceJobs):
         text = load_text("calibration", self.cache)
         result = calibrate(self.model, text.windows, text.digest)
         result.save(self.cache / "calibration.npz")
+        sealed.seal(self.cache / "calibration.npz", self._made_of("calibration"))
         return result.tokens
 
     def expert_sets(self) -> int:
@@ -189,6 +211,7 @@ class Worker(RepairJobs, EvidenceJobs):
         counts = Space(self.checkpoint.inventory, {}).kept_options
         sets = expert_sets(self.model, windows, counts, protected(self.calibration))
         write_sets(sets, self.cache / "expert_sets.json")
+        sealed.seal(self.cache / "expert_sets.json", self._made_of_sets())
         return sum(map(len, sets.values()))
 
     def base_states(self, name: str) -> int:
@@ -198,6 +221,7 @@ class Worker(RepairJobs, EvidenceJobs):
         text = load_text(name, self.cache)
         self.model.reset()
         base_states(self.model, text, self.cache / f"base-{name}.npy")
+        sealed.seal(self.cache / f"base-{name}.npy", self._made_of(name))
         return int(text.windows.size)
 
     def quantize(
@@ -328,19 +352,3 @@ class Worker(RepairJobs, EvidenceJobs):
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def bank_index(folder: Path) -> dict[tuple[str, str], tuple[str, float]]:
-    """(tensor, type) -> (key, error) of variants quantized so far; empty if there are none."""
-    file = folder / "bank.json"
-    if not file.exists():
-        return {}
-    rows = json.loads(file.read_text("utf-8"))
-    return {(tensor, type_name): (key, error) for tensor, type_name, key, error in rows}
-
-
-def save_bank_index(folder: Path, index: Mapping[tuple[str, str], tuple[str, float]]) -> None:
-    """Writes what `bank_index` reads."""
-    rows = [[tensor, type_name, *value] for (tensor, type_name), value in sorted(index.items())]
-    with atomic(folder / "bank.json") as stream:
-        stream.write(json.dumps(rows).encode())

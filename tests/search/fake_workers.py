@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 from search.worker import Setup
 from spaces.errors import UserError
@@ -12,7 +14,9 @@ from spaces.errors import UserError
 class FakeWorker:
     """Jobs that succeed, raise, or kill their process; `setup.cache` holds the marks they leave."""
 
-    def __init__(self, setup: Setup) -> None:
+    anywhere = ("double", "slowly", "knows", "die_once")
+
+    def __init__(self, setup: Setup, remote: Any = None) -> None:
         self.marks = Path(setup.cache)
         self.known: list[str] = []
 
@@ -24,6 +28,16 @@ class FakeWorker:
 
     def double(self, number: int) -> int:
         return 2 * number
+
+    def slowly(self, number: int, seconds: float) -> int:
+        time.sleep(seconds)
+        return number
+
+    def stay(self) -> str:
+        """The node it runs on, which has to be the driver's."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def die_once(self, number: int) -> int:
         mark = self.marks / f"died-{number}"

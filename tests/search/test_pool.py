@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from search.pool import RayPool
+from search.ray_pool import RayPool
 from search.worker import Setup
 from spaces.errors import UserError
 from tests.search.fake_workers import FakeWorker
@@ -49,6 +53,39 @@ def test_an_error_of_a_job_arrives_as_it_was_raised(pool: RayPool) -> None:
 
 def test_the_pool_works_on_after_errors(pool: RayPool) -> None:
     assert pool.run([("double", (21,))]) == [42]
+
+
+def test_ray_listens_on_loopback_only(pool: RayPool) -> None:
+    pool.run([("double", (1,))])
+    own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in own
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 3  # the head, the node, its workers
+    assert {*listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_ray_that_dies_is_started_anew(
+    pool: RayPool, part: str, record_property: Callable[[str, object], None]
+) -> None:
+    before = psutil.Process().children(recursive=True)
+    victims = [p for p in before if part in " ".join(p.cmdline()[:1])]
+    assert victims
+    blow, went_on = threading.Timer(0.3, lambda: [p.kill() for p in victims]), list[float]()
+    begun = time.monotonic()
+    blow.start()
+    jobs = [("slowly", (i, 0.25)) for i in range(20)]
+    assert pool.run(jobs, lambda i, _: went_on.append(time.monotonic())) == list(range(20))
+    assert not [p for p in before if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert len(went_on) == 20
+    gaps = [later - earlier for earlier, later in zip([begun, *went_on], went_on, strict=False)]
+    fault = {"fault": f"kill -9 of {part} of a local Ray", "injected": 1, "lost": 0, "seconds": max(gaps)}
+    record_property("fault", json.dumps(fault))
 
 
 def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from compression.calibration import Calibration
 from compression.candidate_model import CandidateModel
 from evaluators.divergence import base_states, measure
 from evaluators.texts import TextSet
+from search.cache_files import load_text, save_text
 from search.costs import Effort, routing_estimates
-from search.worker import Setup, Worker, load_text, save_text
+from search.worker import Setup, Worker
 from tests.compression.support import candidate, mixed_types, provide
 
 TOKENS = 4 * 64
