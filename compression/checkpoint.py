@@ -14,6 +14,8 @@ from compression.families import family, family_of_gguf, open_inventory
 from compression.families.base import Family
 from compression.gguf_file import GgufFile
 from compression.gguf_weights import GgufWeights
+from compression.panics import panics_raised
+from compression.tokenizer_trial import try_tokenizer
 from compression.weights import FolderWeights, Weights, shards
 from spaces.errors import UserError
 from spaces.inventory import Inventory, read_config
@@ -148,11 +150,20 @@ def load_tokenizer(path: Path) -> Any:
             return fast_tokenizer(GgufFile.open(path).metadata)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+    file = next((path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), None)
+    if file is None:
+        raise UserError(f"{path / 'tokenizer.json'}: missing; a tokenizer is needed to score the model")
+    try_tokenizer(file)
     from transformers import AutoTokenizer
 
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"{path / 'tokenizer.json'}: missing; a tokenizer is needed to score the model")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        with panics_raised():
+            # Left out, transformers would ask on the terminal whether to run code of the checkpoint.
+            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path}: its tokenizer is code of the checkpoint's own (auto_map), which is never run; "
+                "use a checkpoint with a tokenizer that transformers itself has"
+            ) from error
         raise UserError(f"{path}: its tokenizer cannot be loaded ({str(error)[:200]})") from error

@@ -7,7 +7,6 @@ is read, not mapped, so that a process' memory is what it holds.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -17,8 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from spaces.errors import MALFORMED, UserError
+from spaces.json_text import parse_once
 
-_MAX_HEADER = 100 * 2**20
+_MAX_HEADER = 32 * 2**20  # a header of DeepSeek-V3 in one file would have 12 MB
+_MAX_LISTS = 2**20  # a tensor's entry has three; Python needs twenty times the bytes of an empty one
+_MAX_NUMBER = 2**63 - 1
 _MAX_DIMENSIONS = 8
 _WIDTHS = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8, "BOOL": 1,
@@ -60,8 +62,7 @@ def read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     try:
-        fields = json.loads(raw)
-        fields.pop("__metadata__", None)
+        fields = _fields(raw)
         entries = {name: _entry(file, 8 + length, about) for name, about in fields.items()}
     except MALFORMED as error:
         raise UserError(f"{file}: its safetensors header is damaged ({error}); download it again") from error
@@ -78,6 +79,21 @@ def read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     return raw, entries
 
 
+def _fields(raw: bytes) -> dict[str, dict[str, object]]:
+    """What the header says of each tensor; what safetensors' own reader refuses is refused here too."""
+    if not raw.startswith(b"{"):
+        raise ValueError("it must begin with {")
+    if raw.count(b"[") + raw.count(b"{") > _MAX_LISTS:
+        raise ValueError(f"more than {_MAX_LISTS} lists and objects")
+    fields: dict[str, dict[str, object]] = parse_once(raw.decode("utf-8"))
+    about = fields.pop("__metadata__", None)
+    for text in about.values() if about is not None else ():
+        if not isinstance(text, str):
+            raise TypeError("__metadata__ must hold texts")
+        text.encode()  # half of a surrogate pair is no character
+    return fields
+
+
 def _entry(file: Path, start: int, about: dict[str, object]) -> Entry:
     kind, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
     if kind not in _WIDTHS:
@@ -86,6 +102,9 @@ def _entry(file: Path, start: int, about: dict[str, object]) -> Entry:
         raise TypeError("shape and data_offsets must be lists")
     if any(type(n) is not int or n < 0 for n in [*shape, *offsets]) or len(offsets) != 2:
         raise TypeError("shape and data_offsets must hold whole numbers, two offsets")
+    # What overflows in safetensors' own reader, whatever its order of multiplying.
+    if math.prod(n for n in shape if n) > _MAX_NUMBER or max(offsets) > _MAX_NUMBER:
+        raise OverflowError("a shape or an offset beyond 64 bits")
     entry = Entry(file, str(kind), tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != entry.size:
         raise ValueError(f"{entry.size} bytes of shape {shape} in {offsets[1] - offsets[0]} bytes of file")

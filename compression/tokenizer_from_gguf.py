@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from compression.panics import panics_raised
 from compression.pre_tokenizers import BY_NAME, pre_tokenizer
 from compression.tokenizer_check import Comparison
 from compression.tokenizer_settings import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -16,6 +17,7 @@ from spaces.errors import UserError, unknown
 from spaces.gguf_layout import Value
 
 _KEY = "tokenizer.ggml."
+_LONGEST = 1024  # the longest tokens there are, runs of spaces, have a few hundred characters
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -35,14 +37,16 @@ def fast_tokenizer(metadata: Mapping[str, Value]) -> PreTrainedTokenizerFast:
     if model not in makers:
         raise unknown("tokenizer.ggml.model", str(model), makers)
     try:
-        tokenizer = makers[model](values)
-        _add_tokens(tokenizer, values)
-        _add_around(tokenizer, values)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_special_texts(values)
-        )
-        fast.chat_template = _chat_template(values)
-        comparison = Comparison.of(fast, json.loads(tokenizer.to_str()))
+        _check_lengths(values[f"{_KEY}tokens"])
+        with panics_raised():
+            tokenizer = makers[model](values)
+            _add_tokens(tokenizer, values)
+            _add_around(tokenizer, values)
+            fast = PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_special_texts(values)
+            )
+            fast.chat_template = _chat_template(values)
+            comparison = Comparison.of(fast, json.loads(tokenizer.to_str()))
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -57,6 +61,16 @@ def fast_tokenizer(metadata: Mapping[str, Value]) -> PreTrainedTokenizerFast:
             f"{comparison.difference(trial)} in llama.cpp; give the original checkpoint's tokenizer"
         )
     return fast
+
+
+def _check_lengths(tokens: Any) -> None:
+    """Refuses tokens of a length no vocabulary has: all ways to cut one in two are looked at."""
+    longest = max(tokens, key=len, default="")
+    if len(longest) > _LONGEST:
+        raise UserError(
+            f"tokenizer.ggml.tokens: a token of {len(longest)} characters, more than the {_LONGEST} taken "
+            "here; convert the file again"
+        )
 
 
 def _byte_level(values: Mapping[str, Any]) -> Tokenizer:

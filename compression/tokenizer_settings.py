@@ -10,6 +10,7 @@ from typing import Any
 
 from spaces.errors import MALFORMED, UserError
 from spaces.gguf_layout import Value
+from spaces.json_text import read_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """`gguf.TokenType`, which SentencePiece's own piece types equal."""
@@ -24,7 +25,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = json.loads(read_text(file))
     except MALFORMED as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(values, dict):

@@ -15,6 +15,7 @@ from compression.families.base import Family
 from compression.families.parts import Part
 from compression.safetensors_file import FLOATS, Entry, read, read_header, read_raw
 from spaces.errors import MALFORMED, UserError
+from spaces.json_text import parse_once, read_text
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -46,7 +47,7 @@ def shards(path: Path) -> list[Path]:
         files = [path / "model.safetensors"]
     else:
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_once(read_text(index))["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("shards must lie beside the index")
             files = [path / name for name in names]
@@ -54,7 +55,11 @@ def shards(path: Path) -> list[Path]:
             raise UserError(f"{index}: not a safetensors index ({error}); download it again") from error
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: missing; the model's weights must be there as safetensors")
+            pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
+            instead = ", and pickled weights (.bin, .pt, .pth) can run code, so they are never read"
+            raise UserError(
+                f"{file}: missing; the model's weights must be there as safetensors{instead * pickled}"
+            )
     return files
 
 

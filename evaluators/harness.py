@@ -22,7 +22,7 @@ from unittest import mock
 
 import numpy as np
 
-from evaluators.task_files import check, known_tasks, load, task_files
+from evaluators.task_files import check, known_tasks, load, sandboxed_templates, task_files
 from spaces.errors import UserError
 
 __all__ = ["Harness", "TaskScore", "known_tasks", "paired_difference", "task_context"]
@@ -225,6 +225,8 @@ def _score(results: dict[str, Any], samples: list[dict[str, Any]], ids: list[int
 def _undisturbed() -> Iterator[None]:
     """Silences lm-eval and the hub, and fixes every global random state to put it back afterwards."""
     import torch
+    from jinja2 import TemplateError
+    from lm_eval import utils
     from lm_eval.api import model, task
     from lm_eval.models import huggingface
     from tqdm import tqdm
@@ -241,6 +243,7 @@ def _undisturbed() -> Iterator[None]:
         # lm-eval has no switch for its progress bar over documents.
         for module in (model, task, huggingface):
             stack.enter_context(mock.patch.object(module, "tqdm", no_bar))
+        stack.enter_context(mock.patch.object(utils, "env", sandboxed_templates()))
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         random.seed(_SEED)
@@ -250,6 +253,8 @@ def _undisturbed() -> Iterator[None]:
             torch.cuda.manual_seed_all(_SEED)
         try:
             yield
+        except TemplateError as error:
+            raise UserError(f"a task's template fails: {error}; correct the task file") from error
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

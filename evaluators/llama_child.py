@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from compression.gguf_file import GgufFile
 from compression.llama_symbols import LlamaError
 from evaluators.generations import drawer
 from evaluators.llama_cpp import EXPORT_AGAIN
 from evaluators.llama_runtime import LlamaModel, most_likely
 from evaluators.shared_prefix import Item, Pack, pack, unique_rows
+from spaces.errors import UserError
 
 
 def _logits(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +113,12 @@ def _child(file: Path) -> None:
     """Answers the request in `file`; errors that Python sees are part of the answer."""
     request = json.loads(file.read_text("utf-8"))
     result: dict[str, Any]
+    path = Path(request["path"])
     try:
+        GgufFile.open(path)  # llama.cpp ends the process on some headers and believes others
         result = {"values": _JOBS[request["job"]](file.parent, request)}
+    except UserError as error:
+        result = {"error": str(error).removeprefix(f"{path}: ")}
     except LlamaError as error:
         result = {"error": f"llama.cpp refuses it: {error}; {EXPORT_AGAIN}"}
     except (OSError, MemoryError) as error:

@@ -23,6 +23,7 @@ from evaluators.shared_prefix import Item
 from spaces.errors import UserError
 
 _PART = 2**28  # bytes of logits in one file
+_SLOWEST = 10e6  # bytes a disk reads in a second, at least
 EXPORT_AGAIN = "export it again; if it is whole, this llama.cpp does not take its architecture or metadata"
 
 
@@ -221,6 +222,8 @@ def _run_child(folder: Path, path: Path, request: dict[str, Any], timeout: float
     file = folder.resolve() / "request.json"
     file.write_text(json.dumps({**request, "path": str(path.resolve())}), "utf-8")
     try:
+        # A slow disk is no reason to give up: reading the file is not what the caller gave time for.
+        timeout += path.stat().st_size / _SLOWEST
         code, stderr = run_module("evaluators.llama_child", str(file), timeout)
     except subprocess.TimeoutExpired as error:
         raise UserError(

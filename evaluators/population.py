@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compression.candidate_model import CandidateModel
+from compression.heap import trim
 from compression.passage import BATCH
 from compression.setting import Setting
 from evaluators.divergence import Divergence, divergence, references
@@ -139,4 +140,5 @@ class Population:
                 waiting[n] -= 1
                 if not waiting[n]:
                     del states[n]
+        trim()
         return after, [numbers[p] for p in pairs]

@@ -1,7 +1,8 @@
 """Finds and loads lm-eval tasks: shipped ones, a user's own, and lm-eval's, in this order.
 
 Only lm-eval's own tasks need a network: their data come from the Hugging Face
-hub. The JSON data of the others are read into memory, so no cache is written.
+hub. The JSON data of the others are read into memory, so no cache is written. A user's
+folder may be a stranger's: no code of it is run.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
-from spaces.errors import UserError, unknown
+from spaces.errors import MALFORMED, UserError, unknown
+from spaces.json_text import read_text
 
 _SHIPPED = Path(__file__).with_name("tasks")
+_LARGEST = 2**18  # bytes of a task file; lm-eval's own have a few thousand
 
 
 def known_tasks(tasks_path: Path | None = None) -> list[str]:
@@ -44,8 +50,8 @@ def task_files(tasks_path: Path | None = None) -> dict[str, Path]:
     for folder in (_SHIPPED, tasks_path):
         for path in sorted(folder.resolve().rglob("*.yaml")) if folder else ():
             try:
-                task = yaml.load(path.read_text(encoding="utf-8"), Loader)
-            except (OSError, ValueError, yaml.YAMLError) as error:
+                task = yaml.load(read_text(path, _LARGEST), Loader)
+            except (*MALFORMED, yaml.YAMLError) as error:
                 raise UserError(f"task file {path}: {error}") from None
             name = task.get("task") if isinstance(task, dict) else None
             if isinstance(name, str):
@@ -129,8 +135,49 @@ def _local_task(path: Path, name: str) -> dict[str, Any]:
         if config.get("dataset_path") == "json" and len(options) == 1:
             source = functools.partial(_in_memory, options["data_files"])
             overrides = {"dataset_kwargs": None, "custom_dataset": source}
-    # lm-eval takes overrides of a task it knows by name only inside a group.
-    return manager.load({"group": "moefit", "task": [{"task": name, **overrides}]})["tasks"]
+    with _no_code():
+        # lm-eval takes overrides of a task it knows by name only inside a group.
+        return manager.load({"group": "moefit", "task": [{"task": name, **overrides}]})["tasks"]
+
+
+@contextmanager
+def _no_code() -> Iterator[None]:
+    """Tasks loaded within the block cannot bring code: neither functions nor metrics of their own."""
+    from lm_eval.api import registry
+    from lm_eval.api import task as tasks
+    from lm_eval.tasks import _yaml_loader as loader
+
+    def function(name: str, folder: Path) -> NoReturn:
+        raise UserError(
+            f"task files of {folder} name the function {name!r} (!function); code of a task folder is never "
+            "run; write what it does as a template"
+        )
+
+    def metric(name: str, from_the_hub: bool = False) -> Any:
+        # lm-eval would fetch a script of that name, or take one of the working directory, and run it.
+        if from_the_hub or name not in registry.metric_registry:
+            raise UserError(f"metric {name!r} is none of lm-eval's own; code of a task folder is never run")
+        return registry.get_metric(name)
+
+    with (
+        mock.patch.object(loader, "_import_func_in_yml", function),
+        mock.patch.object(tasks, "get_metric", metric),
+    ):
+        yield
+
+
+@functools.cache
+def sandboxed_templates() -> Any:
+    """lm-eval's template environment, in which templates cannot reach Python's own functions."""
+    import lm_eval.utils
+    from jinja2.sandbox import SandboxedEnvironment
+
+    own = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(
+        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
+    )
+    sandbox.filters.update(own.filters)
+    return sandbox
 
 
 def _absolute(files: Any, folder: Path) -> Any:
@@ -162,7 +209,7 @@ def _in_memory(files: Any, **_: Any) -> dict[str, Any]:
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Items of a JSON or JSON-lines file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if text.lstrip().startswith("["):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from compression.panics import PanicError, panics_raised
 from spaces.errors import MALFORMED, UserError
+from spaces.json_text import read_text
 
 WINDOW = 256
+MAX_BYTES = 2**30
+"""Of a text file, which is read into memory; a search uses some hundred KB of it."""
 _SPREAD = 8  # windows, at least, that a few tokens are spread over
 _SHORTEST = 28  # tokens of a window cut short
 
@@ -69,13 +73,14 @@ def read_documents(file: Path, option: str) -> list[tuple[str, str]]:
         UserError: The file is missing, not UTF-8, not JSON lines, or holds no text.
     """
     try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{option} {file}: cannot be read ({error.strerror})") from error
+        text = read_text(file, MAX_BYTES)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
         ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {file}: cannot be read ({reason}); give a text file") from error
     if file.suffix == ".jsonl":
         documents = []
         # Only newlines end a JSON line: splitlines would also cut at U+2028, which JSON leaves as it is.
@@ -115,13 +120,20 @@ def make_windows(
     """Cuts documents into windows of `window` tokens, sources taking turns, about `tokens` tokens in all.
 
     Raises:
-        UserError: Less text than one window.
+        UserError: Less text than one window, or the tokenizer fails on it.
     """
     streams: dict[str, list[int]] = {}
     size = count = 0
     end = tokenizer.eos_token_id
     for source, text in documents:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            with panics_raised():
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except PanicError as error:
+            raise UserError(
+                f"the model's tokenizer fails on the {name} text of {source} ({error}); give other "
+                "text, or a checkpoint with another tokenizer"
+            ) from error
         size, count = size + len(text.encode()), count + len(ids)
         streams.setdefault(source, []).extend([*ids, *([end] if end is not None else [])])
     queues = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from spaces.errors import UserError
 from spaces.inventory import Inventory
+from spaces.json_text import parse_once
 from spaces.plan import Plan
 from spaces.quant_types import quant_type
 
@@ -19,6 +20,12 @@ VERSION = 1
 def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"expected a whole number, got {value!r}")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a type's name, got {value!r}")
     return value
 
 
@@ -88,14 +95,14 @@ class Candidate:
             UserError: Not JSON, another version, or fields of the wrong kind.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            if data["version"] != VERSION:
+            data: dict[str, Any] = parse_once(text)
+            if type(data["version"]) is not int or data["version"] != VERSION:
                 raise UserError(f"{source}: version must be {VERSION}, got {data['version']!r}")
             layers = tuple(
                 MoeLayer(_integer(m["layer"]), _integers(m["experts"]), _integer(m["top_k"]))
                 for m in data["layers"]
             )
-            return cls(layers, tuple((str(n), str(t)) for n, t in data["types"].items()))
+            return cls(layers, tuple((n, _name(t)) for n, t in data["types"].items()))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

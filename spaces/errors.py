@@ -9,11 +9,22 @@ MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, Recurs
 """What reading a file of the wrong form can raise."""
 
 
+_LONGEST, _END = 480, 160  # characters of a message, and how many of them are its last
+
+
 class UserError(ValueError):
-    """Bad input. The message names the file or option, the rule and a remedy, on one line."""
+    """Bad input. The message names the file or option, the rule and a remedy, on one line.
+
+    It quotes what a file says, so what a terminal would act on is written as escapes, and the middle of a
+    message longer than 480 characters is left out: its start names the file, its end the remedy.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST - _END - 5]} ... {line[-_END:]}"
+        super().__init__(line)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

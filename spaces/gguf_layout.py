@@ -26,7 +26,7 @@ PACKING = {
 """The letters `struct` has for the kinds of one size."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """A metadata value.
 

@@ -22,9 +22,11 @@ from spaces.errors import UserError
 from spaces.gguf_layout import ALIGNMENT, PACKING, TYPE_IDS, TensorInfo, Value
 from spaces.quant_types import QUANT_TYPES
 
-MAX_METADATA_BYTES = 2**29
+MAX_METADATA_BYTES = 2**27
 """Bytes before the tensors. Tokenizers take tens of MB; this much is no model's."""
-MAX_VALUES = 2**23
+MAX_STRING_BYTES = 2**24
+"""Of one string. Chat templates take some 10**5; one character beyond Latin quadruples it in memory."""
+MAX_VALUES = 2**22
 """Numbers and strings of all arrays together; the largest vocabularies need some 10**6."""
 MAX_ENTRIES = 2**16
 MAX_TENSORS = 2**17
@@ -138,7 +140,10 @@ class _Cursor:
         return count
 
     def text(self, what: str) -> str:
-        return self.take(self.number("Q", what), what).decode("utf-8", "surrogateescape")
+        size = self.number("Q", what)
+        if size > MAX_STRING_BYTES and size <= self.size - self.at:
+            self.fail(f"{what} is longer than {MAX_STRING_BYTES >> 20} MiB")
+        return self.take(size, what).decode("utf-8", "surrogateescape")
 
     def name(self, what: str, longest: int) -> str:
         """A key or a tensor's name, which unlike other strings must be readable."""

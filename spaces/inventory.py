@@ -13,6 +13,7 @@ from typing import Any
 
 from spaces.errors import MALFORMED, UserError
 from spaces.gguf_layout import TensorInfo, Value, file_size, padded
+from spaces.json_text import read_text
 from spaces.plan import Plan
 from spaces.quant_types import quant_type
 
@@ -177,7 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not there:
         raise UserError(f"{path}: no such model folder; give a folder that holds config.json")
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(read_text(file))
     except MALFORMED as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); is this a model folder?") from error
     if not isinstance(config, dict):

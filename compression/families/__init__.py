@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,9 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 _MOST_LAYERS = 4096  # llama.cpp takes 512
+_MOST_EXPERTS = 2**16
+_KERNELS = re.compile("_*(attn|experts)_implementation|use_kernels")
+"""Fields by which a config chooses its kernels; those of a hub's name transformers would fetch and run."""
 _ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
 
 
@@ -66,6 +70,17 @@ def _family_class(config: Mapping[str, Any], name: str) -> type[Family]:
     )
 
 
+def _check_rotation(config: Mapping[str, Any], name: str) -> None:
+    """Refuses to rotate more of a head than there is: a table of that many frequencies would be made."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_rotation(value, name)
+        elif key != "partial_rotary_factor" or value is None:
+            continue
+        elif not isinstance(value, int | float) or not 0 < value <= 1:
+            raise UserError(f"{name}: config.json: {key} must be within 0..1, got {value!r}")
+
+
 def family(config: Mapping[str, Any], name: str) -> Family:
     """The family of the model that `config` (of config.json) configures, called `name`.
 
@@ -81,8 +96,13 @@ def family(config: Mapping[str, Any], name: str) -> Family:
         raise UserError(
             f"{name}: config.json: num_hidden_layers must be at most {_MOST_LAYERS}, got {layers}"
         )
+    _check_rotation(config, name)
     # Block scales are the reader's affair, and remote code is never run.
-    fields = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "model_type")}
+    fields = {
+        k: v
+        for k, v in config.items()
+        if k not in ("quantization_config", "auto_map", "model_type") and not _KERNELS.match(k)
+    }
     try:
         filled: Any = AutoConfig.for_model(kind.model_type, **copy.deepcopy(fields))  # which writes into them
     except Exception as error:  # the validators of configs raise many kinds
@@ -95,6 +115,9 @@ def family(config: Mapping[str, Any], name: str) -> Family:
         if not spellings & set(config):
             own = forward.get(needed, needed)
             raise UserError(f"{name}: config.json lacks {own!r}, which {kind.model_type} needs")
+    experts = getattr(filled, kind.expert_field)
+    if isinstance(experts, int) and experts > _MOST_EXPERTS:
+        raise UserError(f"{name}: config.json: {kind.expert_field} must be at most {_MOST_EXPERTS}")
     return kind(filled, name)
 
 

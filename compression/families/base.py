@@ -9,14 +9,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compression.families.parts import Block, Part
-from spaces.errors import UserError
+from spaces.errors import MALFORMED, UserError
 from spaces.gguf_layout import Value
 from spaces.inventory import Inventory, estimated_tokenizer_bytes
 
 _LARGEST = 3.4e38  # of float32
+_MOST_WEIGHTS = 2**50  # a thousand times what there is, and no offset of a file overflows
 
 
 def u32(value: int) -> Value:
+    if not 0 <= value < 2**32:
+        raise UserError(f"config.json: {value!r} is no number that a GGUF's 32 bits can hold")
     return Value("u32", int(value))
 
 
@@ -258,9 +261,14 @@ class Family:
         """
         try:
             self._check()
-            return self._inventory()
-        except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+            found = self._inventory()
+        except UserError:
+            raise
+        except (*MALFORMED, ZeroDivisionError) as error:
             raise UserError(f"{self.name}: config.json has a field of the wrong kind ({error})") from error
+        if found.parameters() > _MOST_WEIGHTS:
+            raise UserError(f"{self.name}: config.json asks for more than {_MOST_WEIGHTS:,} weights")
+        return found
 
     def _inventory(self) -> Inventory:
         c = self.config

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from spaces.errors import UserError
 from spaces.gguf_layout import TensorInfo, Value, file_size, header
-from spaces.gguf_reader import MAX_VALUES, Header, read_header
+from spaces.gguf_reader import MAX_STRING_BYTES, MAX_VALUES, Header, read_header
 from spaces.quant_types import QUANT_TYPES
 from tests.compression.support import refused
 from tests.spaces.test_gguf_layout import NAMES, tensor_infos, write
@@ -253,7 +253,18 @@ def test_counts_that_a_large_sparse_file_could_hold_are_refused_too(tmp_path: Pa
         one = entry("n", ARRAY, payload) if payload else entry("n", STRING, struct.pack("<Q", 2**39))
         path.write_bytes(build([one], []))
         os.truncate(path, 2**40)
-        refused(lambda: read_header(path), path, str(MAX_VALUES) if payload else "512 MiB")
+        refused(lambda: read_header(path), path, str(MAX_VALUES) if payload else "longer than 16 MiB")
+
+
+def test_metadata_of_many_large_strings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.gguf"
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, 9))
+        for number in range(9):
+            stream.write(entry(f"n{number}", STRING, struct.pack("<Q", MAX_STRING_BYTES)))
+            stream.seek(MAX_STRING_BYTES, os.SEEK_CUR)
+        stream.truncate()
+    refused(lambda: read_header(path), path, "larger than 128 MiB")
 
 
 def _folder(path: Path) -> None:
