@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ ROUND = 8
 SLOPE_TOKENS, SLOPE_PROBES = 1152, 2
 _CLEARLY = 1.5  # standard errors of a paired difference, from the second rung on
 _AT_LEAST = 0.005  # of the better one's KL
+_SURELY = 1 - 1e-9  # of a mean: further than rounding errors reach
 _BETTER = 0.95  # of the KL where slopes were last measured: measure them anew
 _ROUND = "round"  # user attribute: the number of the first trial of a trial's round
 _PATIENCE = 1.0  # seconds between looks at other drivers' last trials
@@ -70,11 +71,17 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Rival:
-    """What a trial is measured against: KL of every window at every rung, by tokens."""
+    """What a trial is measured against: KL of every window at every rung, by tokens, and its mean."""
 
-    rungs: dict[str, list[float]]
+    rungs: dict[str, np.ndarray]
+    means: dict[str, float]
     static: dict[str, Any]
     portable: bool
+
+    @classmethod
+    def of(cls, rungs: Mapping[str, Sequence[float]], static: dict[str, Any], portable: bool) -> _Rival:
+        arrays = {tokens: np.array(kl) for tokens, kl in rungs.items()}
+        return cls(arrays, {tokens: float(a.mean()) for tokens, a in arrays.items()}, static, portable)
 
 
 @dataclass
@@ -109,6 +116,8 @@ class TrialRunner:
     spent: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     scoring: float = field(default=0.0, init=False)
+    _known: dict[int, _Rival] = field(default_factory=dict, init=False, repr=False)
+    _lean: int = field(default=0, init=False, repr=False)
 
     def run(self, total: int) -> None:
         """Asks until the study has `total` finished trials."""
@@ -176,6 +185,7 @@ class TrialRunner:
             told: Trials of the same round that were told before this driver took it over.
         """
         done = self.study.get_trials(deepcopy=False)
+        self._share(done)
         entries = []
         for trial in trials:
             with unless_taken(trial):  # another driver took it for abandoned
@@ -185,6 +195,16 @@ class TrialRunner:
         for entry in entries:
             with unless_taken(entry.trial):
                 self._tell(entry)
+
+    def _share(self, trials: Sequence[FrozenTrial]) -> None:
+        """Has finished trials hold one copy of the space: storages parse one for each, of some 70 KB."""
+        own = self.allocator.space.distributions
+        for trial in trials[self._lean :]:
+            if not trial.state.is_finished():
+                return
+            if trial.distributions == own:
+                trial.distributions = own
+            self._lean += 1
 
     def _entry(self, trial: Trial, done: list[FrozenTrial]) -> _Entry:
         sampler, candidate = self.study.sampler, self.allocator.space.candidate(trial.params)
@@ -206,7 +226,7 @@ class TrialRunner:
                         "are the model's weights sound?"
                     )
                 entry.columns, entry.rungs[str(tokens)] = columns, columns["kl"]
-            mates = [_Rival(e.rungs, e.static, e.candidate.portable) for e in alive]
+            mates = [_Rival.of(e.rungs, e.static, e.candidate.portable) for e in alive]
             before = [rival for rival in told if str(tokens) in rival.rungs]
             margin = _CLEARLY if i else 0.0
             alive = [
@@ -222,8 +242,12 @@ class TrialRunner:
         return [self._rival(t) for t in finished(self.study) if t.state == TrialState.COMPLETE]
 
     def _rival(self, trial: FrozenTrial) -> _Rival:
-        portable = self.allocator.space.candidate(trial.params).portable
-        return _Rival(trial.user_attrs["rungs"], trial.user_attrs["scores"], portable)
+        if trial.number not in self._known:
+            portable = self.allocator.space.candidate(trial.params).portable
+            self._known[trial.number] = _Rival.of(
+                trial.user_attrs["rungs"], trial.user_attrs["scores"], portable
+            )
+        return self._known[trial.number]
 
     def _beats(self, rival: _Rival, own: _Rival, tokens: str, margin: float) -> bool:
         """Whether a rival is as small and fast, and better on the same tokens.
@@ -239,10 +263,12 @@ class TrialRunner:
             return False
         if rival.static["tokens_per_second"] < 0.995 * own.static["tokens_per_second"]:
             return False
-        theirs, mine = np.array(rival.rungs[tokens]), np.array(own.rungs[tokens])
+        if 0 < own.means[tokens] < _SURELY * rival.means[tokens]:  # what is worse on average never beats
+            return False
+        theirs, mine = rival.rungs[tokens], own.rungs[tokens]
         difference = mine - theirs
         error = float(difference.std(ddof=1) / np.sqrt(len(mine))) if len(mine) > 1 else 0.0
-        least = _AT_LEAST * float(theirs.mean()) if margin else 0.0
+        least = _AT_LEAST * rival.means[tokens] if margin else 0.0
         return float(difference.mean()) > margin * error + least
 
     def _score(self, entries: Sequence[_Entry], tokens: int) -> list[Columns]:
@@ -289,11 +315,10 @@ class TrialRunner:
 
     def rank_correlation(self) -> float | None:
         """Spearman correlation of predicted with measured KL over the newest trials; None below five."""
-        rows = [
-            (t.user_attrs["predicted_kl"], t.user_attrs["scores"]["kl"])
-            for t in finished(self.study)
-            if t.state == TrialState.COMPLETE and "baseline" not in t.user_attrs
-        ][-_RECENT:]
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        own = (t for t in reversed(complete) if "scores" in t.user_attrs and "baseline" not in t.user_attrs)
+        newest = list(islice(own, _RECENT))[::-1]
+        rows = [(t.user_attrs["predicted_kl"], t.user_attrs["scores"]["kl"]) for t in newest]
         return float(spearmanr(*zip(*rows, strict=True))[0]) if len(rows) > 4 else None
 
     def _tell(self, entry: _Entry) -> None:

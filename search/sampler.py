@@ -30,6 +30,7 @@ from spaces.errors import unknown
 from spaces.space import PORTABLE, RAGGED
 
 _RESAMPLES = 8
+_SCORED = (TrialState.COMPLETE, TrialState.PRUNED)
 ARMS = (0.55, 0.30, 0.15)  # shares of near the incumbent, anywhere and the front
 _CALM = 0.5  # temperature near the incumbent, and of half of the draws elsewhere
 _PENALTIES = (2e-5, 3e-2)  # of the incumbent's damage, per change: least and most
@@ -61,6 +62,7 @@ class KnapsackSampler(BaseSampler):
         self.slopes = slopes or SlopeBook()
         self.interactions = Interactions(allocator.model)
         self._seen: dict[int, tuple[str, np.ndarray, np.ndarray, bool]] = {}
+        self._said: tuple[int, list[Seen]] = 0, []
         self._beliefs: dict[tuple[Any, ...], Belief] = {}
 
     def infer_relative_search_space(
@@ -70,9 +72,16 @@ class KnapsackSampler(BaseSampler):
 
     def seen(self, trials: Sequence[FrozenTrial]) -> list[Seen]:
         """What the scored trials say."""
+        # Finished trials only ever become more, and a round asks many times between two of them.
+        done = [t for t in trials if t.state in _SCORED]
+        if len(done) != self._said[0]:
+            self._said = len(done), self._read(done)
+        return self._said[1]
+
+    def _read(self, done: Sequence[FrozenTrial]) -> list[Seen]:
         whole = self.space.distributions.keys()
         out = []
-        for trial, damage, noise in observed(trials):
+        for trial, damage, noise in observed(done):
             if trial.number not in self._seen:
                 if set(trial.params) < whole:
                     continue

@@ -49,6 +49,10 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
             url, engine_kwargs={"pool_pre_ping": True, "connect_args": patience}
         )
     except Exception as error:  # SQLAlchemy and drivers raise many kinds
+        if isinstance(error, ImportError) and url.startswith("postgresql"):
+            raise UserError(
+                f"--storage {url}: PostgreSQL's driver is not installed; pip install 'moefit[postgresql]'"
+            ) from error
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--storage {url}: cannot be opened ({reason})") from error
 

@@ -27,6 +27,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from compression.files import write_text
+from search.commands import exhausted
 from search.results import tensor_types
 from search.tracking_view import VIEW_KEY, saved_view
 from search.trial_row import row
@@ -65,20 +66,10 @@ class Tracker:
         inventory: Inventory,
         elsewhere: Callable[[], Callable[[FrozenTrial], bool]] = lambda: lambda trial: False,
     ) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
-        # A server's client would print two lines for every trial.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        import mlflow
-
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
         self.study, self.inventory, self.elsewhere = study, inventory, elsewhere
         self.uri = tracking_uri(uri, out)
-        _answers(self.uri)
         with self.told("cannot be used"):
-            self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self.client = _client(self.uri)
             self.experiment = self._experiment(out if self.uri.startswith("sqlite:") else None)
             self.parent = self._parent(params)
             self._logged = self._known(clear=True)
@@ -86,7 +77,7 @@ class Tracker:
         self._queue: dict[str, Future[Any]] = {}
 
     def _known(self, clear: bool = False) -> dict[str, Any]:
-        """Trial number to its run, of trials that are written; with `clear`, others' remains go."""
+        """Trial number to its run's info, of trials that are written; with `clear`, others' remains go."""
         runs = self.client.search_runs(
             [self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'", max_results=50_000
         )
@@ -96,7 +87,7 @@ class Tracker:
             for run in runs:
                 if run.info.status != "FINISHED" and run.data.tags["trial"] not in busy:
                     self.client.delete_run(run.info.run_id)
-        return {r.data.tags["trial"]: r for r in runs if r.info.status == "FINISHED"}
+        return {r.data.tags["trial"]: r.info for r in runs if r.info.status == "FINISHED"}
 
     def log_all(self, candidate: Callable[[FrozenTrial], Candidate]) -> None:
         """Has the finished trials written that are not yet, but for those another driver takes care of."""
@@ -106,20 +97,9 @@ class Tracker:
             if "scores" in trial.user_attrs and not others(trial):
                 self.log_trial(trial, candidate(trial))
 
-    @contextlib.contextmanager
-    def told(self, what: str) -> Iterator[None]:
+    def told(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Turns what MLflow raises into one line on the tracking URI."""
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            yield
-        except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            raise UserError(
-                f"--tracking-uri {self.uri}: {what} ({reason}); give a URI MLflow can write to, as "
-                "sqlite:///FILE or http://HOST:PORT, and run the same command again"
-            ) from error
+        return _told(self.uri, what)
 
     def _experiment(self, out: Path | None) -> str:
         name = self.study.study_name
@@ -163,9 +143,7 @@ class Tracker:
         number = str(trial.number)
         if number in self._logged or number in self._queue:
             return
-        for queued in list(self._queue.values()):
-            if queued.done():
-                queued.result()
+        self._settle(waiting=False)
         params, figures = row(trial, candidate, self.inventory)
         if rank_correlation is not None:
             figures["predictor_rank_correlation"] = rank_correlation
@@ -174,24 +152,26 @@ class Tracker:
     def _write(
         self, trial: FrozenTrial, candidate: Candidate, params: dict[str, str], figures: dict[str, float]
     ) -> Any:
-        """Writes a trial; returns its run."""
-        from mlflow.entities import Param, RunTag
+        """Writes a trial; returns its run's info."""
+        from mlflow.entities import Param
 
         begun, ended = _milliseconds(trial.datetime_start), _milliseconds(trial.datetime_complete)
         name = trial.user_attrs.get("baseline") or f"trial {trial.number}"
-        own = {"mlflow.parentRunId": self.parent, "mlflow.runName": name, "trial": str(trial.number)}
+        own = {
+            "mlflow.parentRunId": self.parent, "mlflow.runName": name,
+            "trial": str(trial.number), "candidate": candidate.key,
+        }  # fmt: skip
         with self.told("was lost"):
             run = self.client.create_run(self.experiment, start_time=begun, tags=own)
             self.client.log_batch(
                 run.info.run_id,
                 metrics=_metrics(figures, ended),
                 params=[Param(k, v) for k, v in params.items()],
-                tags=[RunTag("candidate", candidate.key)],
             )
-            self._put(run, "candidate.json", candidate.to_json() + "\n")
-            self._put(run, "tensor-types.txt", tensor_types(candidate.plan))
+            self._put(run.info, "candidate.json", candidate.to_json() + "\n")
+            self._put(run.info, "tensor-types.txt", tensor_types(candidate.plan))
             self.client.set_terminated(run.info.run_id, "FINISHED", ended)
-        return run
+        return run.info
 
     def flush(self) -> None:
         """Waits until every trial is written.
@@ -199,24 +179,30 @@ class Tracker:
         Raises:
             UserError: A trial could not be written.
         """
+        self._settle(waiting=True)
+
+    def _settle(self, waiting: bool) -> None:
+        """Takes note of what is written, in the order it was queued; up to the first that is not yet."""
         while self._queue:
-            number = next(iter(self._queue))
-            self._logged[number] = self._queue[number].result()
+            number, written = next(iter(self._queue.items()))
+            if not waiting and not written.done():
+                return
+            self._logged[number] = written.result()
             del self._queue[number]
 
     def log_report(self, trial: FrozenTrial, figures: dict[str, float], content: dict[str, Any]) -> None:
         """Adds a finalist's scores on text no trial saw to its run, all of them as report.json."""
         self.flush()
-        run = self._run_of(str(trial.number))
+        info = self._run_of(str(trial.number))
         with self.told("was lost"):
             # The time of the trial, so that a rerun writes nothing twice.
             self.client.log_batch(
-                run.info.run_id, metrics=_metrics(figures, _milliseconds(trial.datetime_complete))
+                info.run_id, metrics=_metrics(figures, _milliseconds(trial.datetime_complete))
             )
-            self._put(run, "report.json", json.dumps(content, indent=1) + "\n")
+            self._put(info, "report.json", json.dumps(content, indent=1) + "\n")
 
     def _run_of(self, number: str) -> Any:
-        """The run of a trial, waited for where another driver is about to write it."""
+        """The info of a trial's run, waited for where another driver is about to write it."""
         for _ in range(_PATIENCE):
             if number in self._logged:
                 break
@@ -228,13 +214,13 @@ class Tracker:
             )
         return self._logged[number]
 
-    def _put(self, run: Any, name: str, text: str) -> None:
+    def _put(self, info: Any, name: str, text: str) -> None:
         """Writes an artifact, in place where the artifact folder is on this machine."""
-        where = urlparse(run.info.artifact_uri)
+        where = urlparse(info.artifact_uri)
         if where.scheme in ("", "file"):
             write_text(Path(unquote(where.path)) / name, text)
         else:
-            self.client.log_text(run.info.run_id, text, name)
+            self.client.log_text(info.run_id, text, name)
 
     def finish(self, figures: dict[str, float], files: Mapping[str, Sequence[Path]], note: str) -> None:
         """Puts the study's outcome on the parent run.
@@ -281,6 +267,51 @@ def _metrics(figures: Mapping[str, float], timestamp: int) -> list[Any]:
 
 def _milliseconds(moment: datetime | None) -> int:
     return int((moment.timestamp() if moment else time.time()) * 1000)
+
+
+def check_tracking(uri: str) -> None:
+    """Asks a tracking server for an experiment; a SQLite file that is not there yet is made.
+
+    Raises:
+        UserError: MLflow cannot use the URI, or nothing answers there.
+    """
+    with _told(uri, "cannot be used"):
+        _client(uri).search_experiments(max_results=1)
+
+
+@contextlib.contextmanager
+def _told(uri: str, what: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (MlflowException, SQLAlchemyError, ImportError, OSError, ValueError) as error:
+        failed = exhausted(error)
+        if failed is not None:
+            raise UserError(f"--tracking-uri {uri}: {what}: {failed}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise UserError(
+            f"--tracking-uri {uri}: {what} ({reason}); give a URI MLflow can write to, as "
+            "sqlite:///FILE or http://HOST:PORT, and run the same command again"
+        ) from error
+
+
+def _client(uri: str) -> Any:
+    """MLflow's client, which tells nobody and is quiet."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    # A server's client would print two lines for every trial.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    _answers(uri)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _answers(uri: str) -> None:

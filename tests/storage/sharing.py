@@ -1,0 +1,58 @@
+"""What must hold of a study that several drivers filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+
+from search.drivers import OWNER
+from search.study import finished, open_study
+from tests.storage.drive import BASELINES, Drivers, storage
+
+
+def check(name: str, total: int, drivers: int) -> list[FrozenTrial]:
+    """Exactly the trials wanted, each with scores, baselines once, all drivers took part; returns them."""
+    study = open_study("s", storage(name), {})
+    done = finished(study)
+    assert len(done) == total
+    named = [t.user_attrs["baseline"] for t in done if "baseline" in t.user_attrs]
+    assert sorted(named) == sorted(BASELINES)
+    assert len({t.user_attrs[OWNER] for t in done}) == drivers
+    assert not study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    again = [t.user_attrs["retry_of"] for t in done if "retry_of" in t.user_attrs]
+    assert len(again) == len(set(again)), "a trial was tried again twice"
+    return done
+
+
+def check_survived(name: str, lost: Sequence[FrozenTrial], done: Sequence[FrozenTrial]) -> None:
+    """Every trial that a killed driver ran was finished by another one, or ended."""
+    kept = {t.number for t in done}
+    study = open_study("s", storage(name), {})
+    states = {t.number: t.state for t in study.get_trials(deepcopy=False)}
+    assert lost
+    for trial in lost:
+        assert trial.number in kept or states[trial.number] == TrialState.FAIL
+
+
+def shared(name: str, total: int) -> None:
+    """Two drivers fill a study."""
+    drivers = Drivers(name, total)
+    try:
+        drivers.wait()
+    finally:
+        drivers.end()
+    check(name, total, 2)
+
+
+def survived(name: str, total: int, count: int) -> tuple[int, float]:
+    """Drivers fill a study, one of which is killed; its running trials, and seconds until others had them."""
+    drivers = Drivers(name, total, count, seconds=0.3)
+    try:
+        lost, seconds = drivers.kill_one(after=total // 3)
+        drivers.wait()
+    finally:
+        drivers.end()
+    done = check(name, total, count)
+    check_survived(name, lost, done)
+    return len(lost), seconds
