@@ -33,6 +33,7 @@ from evaluators.llama_runtime import LlamaModel
 from evaluators.throughput import Throughput
 from experiments.decode_files import Files, inventory
 from search.commands import run_command
+from search.options import Parser, at_least
 from spaces.candidate import Candidate, MoeLayer
 from spaces.carry import Carry
 from spaces.devices import Device
@@ -261,7 +262,7 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4, 0.23B parameters)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
@@ -270,8 +271,7 @@ def main() -> None:
     parser.add_argument("--rates", type=Path, help="file for one core's rates: spaces/decode_rates.json")
     args = parser.parse_args()
     for option, value in (("--layers", args.layers), ("--threads", args.threads), ("--rounds", args.rounds)):
-        if value < 1:
-            raise UserError(f"{option} must be at least 1, got {value}")
+        at_least(option, value, 1)
     args.folder.mkdir(parents=True, exist_ok=True)
     found = _rounded(run(args.folder, args.layers, args.threads, args.rounds))
     text = json.dumps(found, indent=1) + "\n"

@@ -26,6 +26,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from evaluators.texts import read_documents
+from search.commands import run_command
+from search.options import Parser
+
 ITEMS = 500
 _SEED = 0
 _CONTEXT_WORDS = 60  # about 100 tokens of the reference model: context and answer fit its window
@@ -184,15 +188,13 @@ def make(documents: Sequence[tuple[str, str]], out: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("documents", type=Path, help="JSON lines with `source` and `text`")
     parser.add_argument("out", type=Path, help="folder for the task files")
     args = parser.parse_args()
-    with args.documents.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    for name, found in make([(row["source"], row["text"]) for row in rows], args.out).items():
+    for name, found in make(read_documents(args.documents, "documents"), args.out).items():
         print(f"{name}: {found} found, {min(found, ITEMS)} written")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,14 +25,15 @@ from compression.files import atomic, write_text
 from evaluators.harness import known_tasks
 from experiments.verify_exports import random_params
 from search.allocator import Allocator
+from search.cache_files import load_text
 from search.commands import run_command
+from search.options import Parser, at_least, seed
 from search.pool import LocalPool
 from search.rebuild import OpenStudy
 from search.report.facts import Facts
 from search.runner import RUNGS
 from search.study import window_scores
 from search.verify import verify_gguf
-from search.worker import load_text
 from spaces.allocation import InfeasibleError
 from spaces.candidate import Candidate
 from spaces.space import PORTABLE
@@ -165,7 +166,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for one file per config")
     parser.add_argument("--study", required=True)
     parser.add_argument("--storage")
@@ -174,6 +175,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="items per task; 0: no tasks")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
+    at_least("--count", args.count, 1)
+    at_least("--limit", args.limit, 0)
+    seed(args.seed)
     opened = OpenStudy.open(args.study, args.storage)
     tasks = known_tasks() if args.limit else []
     opened.worker.setup = replace(opened.worker.setup, tasks=tuple(tasks), limit=max(1, args.limit))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from search.commands import run_command
+from search.options import Parser
+from spaces.errors import MALFORMED, UserError
 
 
 def table(result: dict[str, Any]) -> str:
@@ -39,11 +42,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("result", type=Path)
     args = parser.parse_args()
-    print(table(json.loads(args.result.read_text("utf-8"))))
+    try:
+        text = table(json.loads(args.result.read_text("utf-8")))
+    except MALFORMED as error:
+        raise UserError(f"{args.result}: {error}; give the result.json of a finished run") from error
+    print(text)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

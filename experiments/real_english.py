@@ -34,7 +34,7 @@ from evaluators.llama_cpp import file_logits
 from evaluators.texts import TextSet, make_windows, read_documents
 from experiments import zoo
 from search.commands import run_command
-from search.options import SHIPPED_TEXTS
+from search.options import SHIPPED_TEXTS, Parser
 from spaces.candidate import Candidate, MoeLayer
 from spaces.errors import UserError
 from spaces.gguf_layout import ALIGNMENT, TensorInfo, Value, header
@@ -102,7 +102,7 @@ def _dense_logits(file: Path, windows: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=4096, help="report tokens")
     args = parser.parse_args()

@@ -5,7 +5,8 @@
 
 Seconds are CPU seconds of one thread, so that other programs disturb little; disks are timed by the clock.
 DIR takes a checkpoint of some 200 MB and a file of 512 MB, both removed again. `--trace` is what
-`experiments.scale_trace` wrote; the rates that only a whole run shows are taken from it.
+`experiments.scale_trace` wrote; the rates that only a whole run shows are taken from it. Figures that the JSON
+file holds are not measured again.
 """
 
 from __future__ import annotations
@@ -234,18 +235,21 @@ def _rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--json", type=Path, required=True, help="file for all figures; kept where it is there")
+    parser.add_argument("--trace", type=Path)
     parser.add_argument("--rates", type=Path, help="file for what estimates use: search/scale/rates.json")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    about = {"cpu": cpu(), "date": datetime.now(UTC).date().isoformat(), "commit": commit()}
-    found = about | _rounded(run(args.folder))
-    found |= _rounded(of_trace(json.loads(args.trace.read_text("utf-8"))))
-    text = json.dumps(found, indent=1) + "\n"
+    if args.json.exists():
+        found = json.loads(args.json.read_text("utf-8"))
+    else:
+        about = {"cpu": cpu(), "date": datetime.now(UTC).date().isoformat(), "commit": commit()}
+        found = about | _rounded(run(args.folder))
+        write_text(args.json, json.dumps(found, indent=1) + "\n")
+    if args.trace:
+        found |= _rounded(of_trace(json.loads(args.trace.read_text("utf-8"))))
     for file in filter(None, (args.json, args.rates)):
-        write_text(file, text)
-    print(text)
+        write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

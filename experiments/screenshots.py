@@ -16,6 +16,7 @@ from typing import Any
 from experiments.browser import browser, mlflow_ui, resize, shown
 from experiments.mlflow_pages import Pages
 from search.commands import run_command
+from search.options import Parser
 from spaces.errors import UserError
 
 WIDTHS = {1280: 860, 1920: 1080}
@@ -51,7 +52,7 @@ def take(driver: Any, url: str, ready: Callable[[Any], None], name: str, out: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("out", type=Path, help="folder for the pictures")
     parser.add_argument("--report", type=Path, help="an HTML page to take as well, from its top")

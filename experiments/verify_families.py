@@ -40,8 +40,9 @@ from evaluators.llama_cpp import file_logits, probe_file
 from evaluators.texts import make_windows, read_documents
 from experiments import zoo
 from search.commands import run_command
-from search.options import SHIPPED_TEXTS
+from search.options import SHIPPED_TEXTS, Parser
 from spaces.candidate import Candidate, MoeLayer
+from spaces.errors import unknown
 from spaces.inventory import Inventory
 
 _LENGTH = 64
@@ -174,13 +175,17 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--families", default=",".join(sorted(zoo.FAMILIES)))
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     args = parser.parse_args()
+    families = args.families.split(",")
+    for name in families:
+        if name not in zoo.FAMILIES:
+            raise unknown("--families", name, zoo.FAMILIES)
     rows: dict[str, dict[str, Any]] = {}
-    for name in args.families.split(","):
+    for name in families:
         plain, names = zoo.make(name), set()
         for layout, settings in _LAYOUTS.items():
             with tempfile.TemporaryDirectory() as temporary:

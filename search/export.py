@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from search.commands import run_command
-from search.options import Parser, at_least, study_name
+from search.options import MOST_THREADS, Parser, at_least, at_most, place, study_name
 from spaces.errors import UserError
 
 _OF_A_STUDY = ("trial", "storage")
@@ -81,6 +81,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{option} does not go with {chosen} (see --help)")
     if args.model is None:
         study_name(args.study)
+        if args.out is not None:
+            place("--out", args.out, folder=args.out.suffix != ".gguf")
         return args
     if (args.candidate is None) == (args.uniform is None):
         raise UserError("--model needs one of --candidate FILE and --uniform TYPE (see --help)")
@@ -89,9 +91,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     suffixes = (".gguf",) if args.uniform is None else (".gguf", ".json")
     if args.out.suffix not in suffixes:
         raise UserError(f"--out {args.out}: must end in {' or '.join(suffixes)} with --model")
+    place("--out", args.out)
     if args.threads is None:
         args.threads = os.cpu_count() or 1
-    at_least("--threads", args.threads, 1)
+    at_most("--threads", at_least("--threads", args.threads, 1), MOST_THREADS)
     return args
 
 

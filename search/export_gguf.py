@@ -16,6 +16,7 @@ from search.console import Stages, console, describe
 from spaces.budget import format_size
 from spaces.candidate import Candidate
 from spaces.errors import MALFORMED, UserError, unknown
+from spaces.json_text import read_text
 from spaces.quant_types import WEIGHT_TYPES
 
 
@@ -63,7 +64,7 @@ def _say(line: str) -> None:
 
 def _read(path: Path) -> Candidate:
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except MALFORMED as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}); give a candidate.json") from error

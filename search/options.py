@@ -22,6 +22,8 @@ DEFAULT_TASKS = ("local_cloze", "local_lastword", "bb_agreement")
 REFERENCE_MODEL = Path(__file__).resolve().parent.parent / "experiments/reference_model/checkpoint"
 REFERENCE_NAME = "moefit-reference"
 SHIPPED_TEXTS = REFERENCE_MODEL.parent / "texts"
+MOST_THREADS = 4096
+"""Workers, or threads, that may be asked for: more than any machine has, fewer than would end this one."""
 _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -44,6 +46,7 @@ class Options:
     runtime: str
     trials: int
     workers: int
+    fewer_workers: bool  # whether memory may make them fewer, as nobody said how many
     ray_address: str | None
     types: tuple[str, ...]
     stream: str
@@ -121,9 +124,9 @@ def parser() -> Parser:
     add(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help="Ray workers of one thread each; 0: this process, without Ray (default: one per core)",
+        help="Ray workers of one thread each; 0: this process, without Ray (default: one per core, fewer "
+        "where they would not fit into free memory)",
     )
     add(
         "--types",
@@ -198,9 +201,24 @@ def at_least(option: str, value: int, least: int) -> int:
     return value
 
 
+def at_most(option: str, value: int, most: int) -> int:
+    """`value`, or a `UserError` that names the option."""
+    if value > most:
+        raise UserError(f"{option} must be at most {most}, got {value}")
+    return value
+
+
+def _listed(option: str, text: str, what: str) -> list[str]:
+    """The names of a comma-separated list; none at all where nothing is given."""
+    names = [t.strip() for t in text.split(",") if t.strip()]
+    if text and not names:
+        raise UserError(f"{option} {text!r} names no {what}; separate names by commas")
+    return names
+
+
 def weight_types(text: str) -> tuple[str, ...]:
     """Distinct types of a comma-separated list, fewest bits first."""
-    names = [t.strip() for t in text.split(",") if t.strip()]
+    names = _listed("--types", text, "type")
     for name in names:
         if name not in LADDER:
             raise unknown("--types", name, LADDER)
@@ -213,6 +231,24 @@ def _real(option: str, path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or what no path can hold
         raise UserError(f"{option} {str(path)[:200]!r}: is no usable path ({error})") from error
+
+
+def place(option: str, path: Path, folder: bool = False) -> Path:
+    """The absolute path of a file or folder to be written, which may be there already.
+
+    Raises:
+        UserError: Something of the other kind is there, or no such path can be made.
+    """
+    real = _real(option, path)
+    try:
+        above = next(p for p in real.parents if p.exists())
+        if real.exists() and real.is_dir() != folder:
+            raise UserError(f"{option} {path}: is {'no' if folder else 'a'} folder; choose another place")
+    except OSError as error:  # too long a name
+        raise UserError(f"{option} {str(path)[:200]!r}: is no usable path ({error.strerror})") from error
+    if not above.is_dir():
+        raise UserError(f"{option} {path}: {above} is no folder; choose another place")
+    return real
 
 
 def seed(value: int) -> int:
@@ -239,6 +275,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         UserError: The first option that is wrong.
     """
     args = parser().parse_args(arguments)
+    unasked = args.workers is None
+    args.workers = (os.cpu_count() or 1) if unasked else args.workers
     budget = parse_size(args.budget, "--budget")
     profile = device(args.device)
     if args.device_memory is not None:
@@ -248,13 +286,17 @@ def parse(arguments: list[str] | None = None) -> Options:
         raise unknown("--sampler", args.sampler, SAMPLERS)
     if args.runtime not in RUNTIMES:
         raise unknown("--runtime", args.runtime, RUNTIMES)
-    tasks = () if args.tasks in ("", "none") else tuple(t.strip() for t in args.tasks.split(",") if t.strip())
+    tasks = () if args.tasks == "none" else tuple(_listed("--tasks", args.tasks, "task"))
     model = args.model or REFERENCE_MODEL
+    if args.target == "":
+        raise UserError("--target '': give a model's name, folder or .gguf file, or leave the option out")
     target = args.target or (str(args.model) if args.model else DEFAULT_TARGET)
     label = "reference" if args.model is None else _real("--model", args.model).name
     goal = "" if args.target is None and args.model else f"-{Path(target).name}"
     default_name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{label}{goal}-{args.budget}").lstrip("._-")[:100]
-    name = study_name(args.study or default_name)
+    name = study_name(default_name if args.study is None else args.study)
+    if args.ray_address is not None and args.workers == 0:
+        raise UserError("--ray-address needs Ray workers, and --workers 0 has none; give one or the other")
     if args.tasks_path is not None and not args.tasks_path.is_dir():
         raise UserError(f"--tasks-path {args.tasks_path}: no such folder")
     return Options(
@@ -265,7 +307,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         context=at_least("--context", args.context, 1),
         runtime=args.runtime,
         trials=at_least("--trials", args.trials, 1),
-        workers=at_least("--workers", args.workers, 0),
+        workers=at_most("--workers", at_least("--workers", args.workers, 0), MOST_THREADS),
+        fewer_workers=unasked,
         ray_address=args.ray_address,
         types=weight_types(args.types),
         stream=args.stream,
@@ -279,7 +322,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         study=name,
         storage=args.storage,
         tracking_uri=args.tracking_uri,
-        out=_real("--out", args.out or Path("runs") / name),
+        out=place("--out", args.out or Path("runs") / name, folder=True),
         export=not args.no_export,
         repair=args.repair,
         dry_run=args.dry_run,

@@ -51,14 +51,16 @@ class OpenStudy:
             raise UserError(f"--storage {storage}: no such journal file")
         opened = open_storage(storage, default)
         names = [s.study_name for s in opened.get_all_studies()]
+        if not names:
+            raise UserError(f"{storage or default}: holds no study")
         if name not in names:
-            raise unknown("--study", name, names) if names else UserError(f"{storage or default}: holds no study")
+            raise unknown("--study", name, names)
         study = optuna.load_study(study_name=name, storage=opened)
         settings = study.user_attrs.get("settings")
         if settings is None:
             raise UserError(f"--study {name}: was not made by search.run")
         if not settings.keys() >= _NEEDED:
-            raise UserError(f"--study {name}: was made by another version of search.run; run the search again")
+            raise UserError(f"--study {name}: was made by another version; run the search again")
         cache = Path(settings["out"]) / "cache"
         if not (cache / "calibration.npz").exists() or not (cache / "bank.json").exists():
             raise UserError(f"{cache}: the study's calibration and bank are gone; run the search again")

@@ -57,7 +57,7 @@ def show(
     if not options.storage and options.out != (Path("runs") / options.study).resolve():
         storage = f" --storage {_short(options.out / 'study.journal')}"
     # Printed plain, so that a terminal's width never breaks a command in two.
-    print(f"mlflow ui --backend-store-uri {tracking_uri}")
+    print(f"mlflow ui --host 127.0.0.1 --backend-store-uri {tracking_uri}")
     print(f"python -m search.export --study {options.study} --trial best{storage}")
 
 

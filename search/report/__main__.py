@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from search.commands import run_command
-from search.options import Parser, study_name
+from search.options import Parser, place, study_name
 from spaces.errors import UserError
 
 
@@ -41,6 +41,8 @@ def main() -> None:
     study_name(args.study)
     if args.out is not None and args.out.suffix != ".html":
         raise UserError(f"--out {args.out}: must end in .html; the Markdown takes the same name with .md")
+    if args.out is not None:
+        place("--out", args.out)
 
     from search.console import console
     from search.rebuild import OpenStudy
