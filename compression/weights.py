@@ -17,6 +17,7 @@ from compression.safetensors_file import FLOATS, Entry, read, read_header, read_
 from spaces.errors import MALFORMED, UserError
 from spaces.json_text import parse_once, read_text
 
+_LONGEST_NAME = 255  # what file systems take
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
@@ -48,8 +49,8 @@ def shards(path: Path) -> list[Path]:
     else:
         try:
             names = sorted(set(parse_once(read_text(index))["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError("shards must lie beside the index")
+            if any(Path(name).name != name or len(name.encode()) > _LONGEST_NAME for name in names):
+                raise ValueError(f"shards must lie beside it, their names of {_LONGEST_NAME} bytes at most")
             files = [path / name for name in names]
         except MALFORMED as error:
             raise UserError(f"{index}: not a safetensors index ({error}); download it again") from error

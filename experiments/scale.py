@@ -241,7 +241,7 @@ def picture(found: Curves, path: Path) -> None:
 
 def page(found: Curves, plan: Plan) -> str:
     """The whole page."""
-    head = f"""# The real size, on paper
+    head = """# The real size, on paper
 
 What a search of DeepSeek-V3 itself would take, stage by stage, from rates measured on the reference model's machine, the sizes
 of its tensors and published rates of machines; nothing of this size was run. `python -m search.run --dry-run` prints the same

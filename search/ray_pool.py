@@ -20,6 +20,7 @@ from search.worker import Setup, Worker
 from spaces.errors import UserError
 
 _RETRIES = 3
+_MISSES = 15  # tries to get a job's files, a tick apart: longer than a dead cluster goes unnoticed
 _RESTARTS = 8  # of a local Ray in one run
 _TICK = 2.0  # seconds between looks at the cluster
 _STARTING = 300.0  # seconds without any worker after which there will be none
@@ -31,10 +32,17 @@ _AGAIN = "then run the same command again: it goes on where it was"
 
 @dataclass
 class _Task:
-    """A job on its way: its place among the jobs, and how often a worker died of it."""
+    """A job on its way.
+
+    Attributes:
+        place: Its place among the jobs.
+        deaths: How often a worker died of it.
+        misses: How often its files did not arrive.
+    """
 
     place: int
     deaths: int = 0
+    misses: int = 0
 
 
 class RayPool:
@@ -130,7 +138,10 @@ class RayPool:
                 try:
                     results[task.place] = self._ray.get(ref)
                 except self._ray.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                    if not isinstance(error.cause, self._ray.exceptions.RayError):
+                        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                    self._miss(task, error.cause)
+                    waiting.insert(0, task)
                 except self._ray.exceptions.RayError as error:
                     self._bury(member, task, jobs[task.place][0], error)
                     waiting.insert(0, task)
@@ -170,6 +181,16 @@ class RayPool:
                 f"a worker died {_RETRIES} times at the same job ({method}: {text[:150]}); "
                 f"is there enough memory? try fewer --workers, {_AGAIN}"
             ) from error
+
+    def _miss(self, task: _Task, error: Exception) -> None:
+        """Notes that the file server was silent; before the last try `Session.dead` knows if it died."""
+        task.misses += 1
+        if task.misses >= _MISSES:
+            raise UserError(
+                f"files of the study did not reach a node {_MISSES} times ({str(error)[:150]}); check the "
+                f"network between the nodes, {_AGAIN}"
+            ) from error
+        time.sleep(_TICK)
 
     def _revive(self) -> None:
         """Starts a local Ray anew; a cluster cannot be."""

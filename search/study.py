@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -42,19 +43,40 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
             raise UserError(
                 f"--storage {path}: is damaged ({str(error)[:100]}); restore a copy of it, or give a new file"
             ) from error
+    shown = re.sub(r"(//[^:/@]+):[^@/]*@", r"\1:***@", url)
     try:
+        if _foreign(url):
+            raise UserError(f"--storage {shown}: is a database of something else; give one of its own")
         # A server may have closed a connection since it was used last; a file's writers take turns.
         patience = {"timeout": _BUSY} if url.startswith("sqlite") else {}
         return optuna.storages.RDBStorage(
             url, engine_kwargs={"pool_pre_ping": True, "connect_args": patience}
         )
+    except UserError:
+        raise
     except Exception as error:  # SQLAlchemy and drivers raise many kinds
         if isinstance(error, ImportError) and url.startswith("postgresql"):
             raise UserError(
-                f"--storage {url}: PostgreSQL's driver is not installed; pip install 'moefit[postgresql]'"
+                f"--storage {shown}: PostgreSQL's driver is not installed; pip install 'moefit[postgresql]'"
             ) from error
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"--storage {url}: cannot be opened ({reason})") from error
+        raise UserError(f"--storage {shown}: cannot be opened ({reason})") from error
+
+
+def _foreign(url: str) -> bool:
+    """Whether a database has tables that Optuna's would be mixed up with; looked at, not changed."""
+    import sqlalchemy
+
+    file = url.removeprefix("sqlite:///")
+    if file != url and not Path(file).is_file():
+        return False
+    engine = sqlalchemy.create_engine(url)
+    try:
+        tables = set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+    clashing = tables if file != url else tables & {"studies", "trials"}
+    return bool(clashing) and "version_info" not in tables
 
 
 def _journal(path: Path) -> bool:
@@ -73,9 +95,12 @@ def open_study(name: str, storage: BaseStorage, identity: dict[str, Any]) -> opt
     Raises:
         UserError: A study of that name is about something else.
     """
-    study = optuna.create_study(
-        study_name=name, storage=storage, directions=list(_DIRECTIONS), load_if_exists=True
-    )
+    if name in [s.study_name for s in storage.get_all_studies()]:
+        study = optuna.load_study(study_name=name, storage=storage)  # writes nothing where it is refused
+    else:
+        study = optuna.create_study(
+            study_name=name, storage=storage, directions=list(_DIRECTIONS), load_if_exists=True
+        )
     known = study.user_attrs.get("identity")
     if known is None:
         study.set_metric_names(list(_METRICS))

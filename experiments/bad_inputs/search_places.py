@@ -98,7 +98,6 @@ STORAGE: tuple[Case, ...] = (
             "a database of another program", "--storage sqlite:///other.db", "--storage sqlite:///other.db",
             make=foreign_database,
         ),
-        pending=True,
     ),
     search(
         "a picture as a database", "--storage sqlite:///picture.png", "--storage sqlite:///picture.png",

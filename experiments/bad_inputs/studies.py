@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from experiments.bad_inputs.case import EXPORT, REPORT, RUN, Case, Make, World
@@ -96,7 +95,7 @@ OPTIONS: tuple[Case, ...] = (
     Case(
         "a report from another program's database", REPORT,
         ("--study", "a", "--storage", "sqlite:///other.db"), ("--storage sqlite:///other.db",),
-        foreign_database, pending=True,
+        foreign_database,
     ),
     Case(
         "an export from a server of nobody", EXPORT,
@@ -179,7 +178,7 @@ _OTHERS: tuple[Case, ...] = (
 )  # fmt: skip
 
 IDENTITIES: tuple[Case, ...] = (
-    *(replace(case, pending=True) for case in _OTHERS),
+    *_OTHERS,
     again(
         "a study of other texts in the same folder", "",
         "runs/tiny: holds a study of another model or other texts", make=other_texts,

@@ -16,7 +16,7 @@ from tests.hostile.strategies import INPUTS
 from tests.hostile.targets import TARGETS, Judge, spoilt_seeds
 
 MANY = 100_000
-BATCH = 20  # inputs of an example; hypothesis takes a millisecond for one, whatever is in it
+BATCH = 50  # inputs of an example; hypothesis takes a millisecond for one, whatever is in it
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(TARGETS)
 

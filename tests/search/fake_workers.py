@@ -33,6 +33,17 @@ class FakeWorker:
         time.sleep(seconds)
         return number
 
+    def lose_files(self, number: int, times: int) -> int:
+        """Fails so often as when the file server is out of reach."""
+        import ray
+
+        mark = self.marks / f"lost-{number}"
+        lost = int(mark.read_text()) if mark.exists() else 0
+        if lost < times:
+            mark.write_text(str(lost + 1))
+            raise ray.exceptions.ActorUnavailableError("out of reach", None)
+        return number
+
     def stay(self) -> str:
         """The node it runs on, which has to be the driver's."""
         import ray

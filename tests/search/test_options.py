@@ -180,3 +180,10 @@ def test_an_empty_task_name_is_refused_or_dropped(tasks: str) -> None:
 def test_a_seed_no_sampler_takes_is_refused() -> None:
     with pytest.raises(UserError, match="--seed"):
         parse([*GOOD, "--seed", str(2**32), "--sampler", "tpe"])
+
+
+@pytest.mark.parametrize("option", ["--budget", "--model", "--study", "--types", "--out"])
+def test_dashes_are_no_value(option: str) -> None:
+    """argparse itself would make an empty list of them."""
+    with pytest.raises(UserError, match=f"argument {option}: expected one argument"):
+        parse(["--budget", "1GB", f"{option}=--"])

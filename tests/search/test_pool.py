@@ -46,6 +46,15 @@ def test_a_job_that_kills_every_worker_ends_in_one_line(pool: RayPool) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_files_that_are_out_of_reach_are_asked_for_again(
+    pool: RayPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.ray_pool._TICK", 0.01)
+    assert pool.run([("lose_files", (7, 2)), ("double", (1,))]) == [7, 2]
+    with pytest.raises(UserError, match="files of the study did not reach"):
+        pool.run([("lose_files", (8, 10**6))])
+
+
 def test_an_error_of_a_job_arrives_as_it_was_raised(pool: RayPool) -> None:
     with pytest.raises(UserError, match="holds no text"):
         pool.run([("refuse", ())])
