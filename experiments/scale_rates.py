@@ -235,7 +235,9 @@ def _rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path, required=True, help="file for all figures; kept where it is there")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file for all figures; kept where it is there"
+    )
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--rates", type=Path, help="file for what estimates use: search/scale/rates.json")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from search.console import Stages, console, problem_table
 from search.costs import LEAN, STREAMED, CostModel
 from search.drivers import Crew
 from search.locks import alone
-from search.memory import cache_bytes, streams
+from search.memory import make_plan
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
@@ -113,6 +114,10 @@ class Search:
             f"the target takes {format_size(self.problem.smallest)} to "
             f"{format_size(target.file_bytes(target.uniform_plan('BF16')))}"
         )
+        from search.scale.estimate import estimate_lines
+
+        for line in estimate_lines(self.problem, self.options):
+            console.print(line, highlight=False, soft_wrap=True)
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what result.json holds."""
@@ -127,21 +132,23 @@ class Search:
                 f"{o.out}: holds a study of another model or other texts; give this search another "
                 "--study name or --out folder"
             )
+        plan = make_plan(
+            self.checkpoint.inventory, o.workers, o.stream, o.types,
+            elsewhere=o.ray_address is not None, fewer=o.workers == os.cpu_count(),
+        )  # fmt: skip
         storage = open_storage(o.storage, o.out / "study.journal")
         study = open_study(o.study, storage, self.identity(texts))
         stages.keep_texts(self.cache, texts, about)
-        stream = streams(o.stream, self.checkpoint.inventory, o.workers)
         known = study.user_attrs.get("settings")
         # Another driver's folder stands in them, as long as it is there to be opened.
         if known is None or known["out"] == str(o.out) or not Path(known["out"]).exists():
-            study.set_user_attr("settings", self._settings() | {"streamed": stream})
+            study.set_user_attr("settings", self._settings() | {"streamed": plan.stream})
         setup = Setup(
             str(self.checkpoint.path), self.checkpoint.inventory.name, str(self.cache), o.runtime,
             o.tasks, o.limit, str(o.tasks_path.resolve()) if o.tasks_path else None, exportable=o.export,
-            stream=stream, types=o.types,
-            cache_bytes=cache_bytes(self.checkpoint.inventory, o.workers, stream),
+            stream=plan.stream, types=o.types, cache_bytes=plan.cache_bytes,
         )  # fmt: skip
-        pool = make_pool(setup, o.workers, o.ray_address)
+        pool = make_pool(setup, plan.workers, o.ray_address)
         crew = Crew(study, tracking_place(tracking_uri(o.tracking_uri, o.out)))
         try:
             return Running(self, study, pool, texts, setup, crew).run()

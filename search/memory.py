@@ -183,8 +183,3 @@ def streams(option: str, inventory: Inventory, workers: int) -> bool:
     if option != "auto":
         return option == "yes"
     return not _fits(inventory, workers, False, free_memory())
-
-
-def cache_bytes(inventory: Inventory, workers: int, stream: bool) -> int:
-    """Dequantized weights each worker may keep."""
-    return _cache(inventory, workers, stream, (), free_memory())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compression.checkpoint import load_tokenizer, open_checkpoint
 from search.cache_files import save_text
-from search.memory import cache_bytes, worker_bytes
+from search.memory import make_plan, worker_bytes
 from search.options import SHIPPED_TEXTS
 from search.runner import ROUND, SLOPE_PROBES, SLOPE_TOKENS
 from search.stages import SEARCH_TOKENS, prepare_texts
@@ -28,7 +28,10 @@ def main(checkpoint: str, cache: str, stream: bool) -> None:
     texts = prepare_texts(load_tokenizer(Path(checkpoint)), SHIPPED_TEXTS, None, None)
     for name in ("calibration", "search"):
         save_text(texts[name], folder)
-    kept = min(cache_bytes(inventory, 1, stream), 4 * inventory.parameters() * len(TYPES))
+    kept = min(
+        make_plan(inventory, 1, "yes" if stream else "no").cache_bytes,
+        4 * inventory.parameters() * len(TYPES),
+    )
     worker = Worker(
         Setup(checkpoint, "m", cache, exportable=False, stream=stream, types=TYPES, cache_bytes=kept)
     )
