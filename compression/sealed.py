@@ -28,15 +28,21 @@ _verified: set[tuple[str, int, int, int]] = set()
 
 
 class UnsoundError(UserError):
-    """A derived file that may not be used; `reason` says why, without its name."""
+    """A derived file that may not be used.
 
-    def __init__(self, path: Path, reason: str) -> None:
-        self.path, self.reason = path, reason
+    Attributes:
+        path: The file.
+        reason: Why, without its name.
+        stale: Whether it is whole, but of something else; it is damaged where not.
+    """
+
+    def __init__(self, path: Path, reason: str, stale: bool = False) -> None:
+        self.path, self.reason, self.stale = path, reason, stale
         super().__init__(f"{path}: {reason}; run the search again, which makes it anew")
 
-    def __reduce__(self) -> tuple[type[UnsoundError], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[type[UnsoundError], tuple[Path, str, bool]]:
         """Lets it travel between processes."""
-        return UnsoundError, (self.path, self.reason)
+        return UnsoundError, (self.path, self.reason, self.stale)
 
 
 def _seal_file(path: Path) -> Path:
@@ -122,7 +128,7 @@ def _about(path: Path) -> dict[str, object]:
     """The seal's fields, of their kinds."""
     file = _seal_file(path)
     if not file.exists():
-        raise UnsoundError(path, "without a checksum (made by an earlier version, or cut short)")
+        raise UnsoundError(path, "without a checksum (made by an earlier version, or cut short)", True)
     raw = file.read_bytes()
     try:
         about = json.loads(raw)
@@ -138,12 +144,13 @@ def _about(path: Path) -> dict[str, object]:
 
 def _compare(path: Path, about: Mapping[str, object], made_of: Mapping[str, str], every: bool) -> None:
     if about["format"] != FORMAT:
-        raise UnsoundError(path, f"of format {about['format']}, {FORMAT} is in use")
+        raise UnsoundError(path, f"of format {about['format']}, {FORMAT} is in use", True)
     found = about["made_of"]
     assert isinstance(found, dict)
     for name, wanted in made_of.items():
         if found.get(name) != wanted and (every or name in found):
-            raise UnsoundError(path, f"of another {name} ({_short(found.get(name))}, now {_short(wanted)})")
+            was = f"of another {name} ({_short(found.get(name))}, now {_short(wanted)})"
+            raise UnsoundError(path, was, True)
 
 
 def _short(value: object) -> str:

@@ -24,6 +24,7 @@ from search.commands import run_command
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results") / "slow_suite.json"
 _MODULE_SECONDS = 7200
+_PLAIN = ("-o", "addopts=--strict-markers")  # a second -q would hide the names
 
 
 def commit() -> str:
@@ -39,7 +40,7 @@ def commit() -> str:
 
 def modules(wanted: str) -> list[str]:
     """Test modules that hold slow tests, in pytest's order."""
-    command = [sys.executable, "-m", "pytest", "-m", "slow", "--collect-only", "-q", "-k", wanted]
+    command = [sys.executable, "-m", "pytest", *_PLAIN, "-m", "slow", "--collect-only", "-q", "-k", wanted]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     return list(dict.fromkeys(line.split("::")[0] for line in listed.splitlines() if "::" in line))
 
@@ -49,8 +50,8 @@ def run(module: str, wanted: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
-            sys.executable, "-m", "pytest", "-m", "slow", "-k", wanted, module, f"--junitxml={report}",
-            "-o", "junit_family=xunit1", "-o", "timeout=3600",
+            sys.executable, "-m", "pytest", *_PLAIN, "-m", "slow", "-k", wanted, module,
+            f"--junitxml={report}", "-o", "junit_family=xunit1", "-o", "timeout=3600",
         ]  # fmt: skip
         subprocess.run(command, cwd=ROOT, timeout=_MODULE_SECONDS, check=False)
         return [_record(case, module) for case in ElementTree.parse(report).iter("testcase")]

@@ -96,7 +96,7 @@ def material(folder: Path, *texts: str) -> dict[str, str]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes derived files that are damaged or of something else, with a line on each kind of them.
+    """Removes derived files that are damaged, with a line each, or stale, with a line for those of a folder.
 
     What is removed is made anew by the stages that need it.
     """
@@ -112,7 +112,7 @@ def sweep(folder: Path) -> None:
                 sealed.check(path, current, every=False)
             except UnsoundError as error:
                 sealed.remove(path)
-                removed.setdefault((path.parent, error.reason), []).append(path)
+                removed.setdefault((path.parent if error.stale else path, error.reason), []).append(path)
     for (place, reason), paths in removed.items():
         which = str(paths[0]) if len(paths) == 1 else f"{place}: {len(paths)} files"
         console.print(f"note: {which}: {reason}: made anew", soft_wrap=True)

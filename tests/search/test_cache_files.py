@@ -88,6 +88,15 @@ def test_a_damaged_file_is_named_and_removed_and_no_other(
     assert "damaged" in line
 
 
+def test_every_damaged_file_is_named(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("calibration.npz", "bank.json", "scores/one.json")
+    for name in names:
+        (cache / name).write_bytes(b"x" * (cache / name).stat().st_size)
+    sweep(cache)
+    out = said(capsys)
+    assert all(f"{cache / name}: damaged" in out for name in names)
+
+
 def test_another_quantizer_takes_what_was_made_with_the_old_one(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

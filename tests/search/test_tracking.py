@@ -211,7 +211,7 @@ def closed_port() -> int:
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        (f"http://127.0.0.1:{closed_port()}", "no server answers"),
+        ("http://127.0.0.1:CLOSED", "no server answers"),
         ("http://127.0.0.1:port", "no server answers"),
         ("carrier-pigeon://home", "cannot be used"),
         ("mysql+nothing://host/name", "cannot be used"),
@@ -222,6 +222,7 @@ def closed_port() -> int:
 def test_a_bad_uri_is_one_line_that_names_the_option(uri: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "no-database").write_text("text" * 100)
     with pytest.raises(UserError, match=says) as caught:
-        Tracker(tracked.study("bad"), uri.replace("FOLDER", str(tmp_path)), tmp_path, {}, MODEL)
+        uri = uri.replace("FOLDER", str(tmp_path)).replace("CLOSED", str(closed_port()))
+        Tracker(tracked.study("bad"), uri, tmp_path, {}, MODEL)
     assert "--tracking-uri" in str(caught.value)
     assert "\n" not in str(caught.value)
