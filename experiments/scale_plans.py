@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from statistics import mean
 
 from compression.checkpoint import open_target
@@ -17,7 +18,7 @@ from search.scale.stages import Study
 from search.scale.work import Model
 
 CHECKPOINT = 688_000_000_000
-"""Bytes of DeepSeek-V3's files as published, in float8 (its model card: 671B weights and 14B of another layer)."""
+"""Bytes of DeepSeek-V3's files as published, in float8 (model card: 671B weights, 14B of another layer)."""
 
 BUDGET, TRIALS, BASELINES, ITEMS = 103 * 10**9, 160, 16, 300
 FEWER_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_K", "Q6_K")
@@ -117,7 +118,7 @@ class Plan:
 def end_of_scaling(hours: Mapping[int, float]) -> int:
     """Nodes from which on twice as many take off less than a tenth of the hours."""
     counts = sorted(hours)
-    for one, two in zip(counts, counts[1:], strict=False):
+    for one, two in pairwise(counts):
         if hours[two] > 0.9 * hours[one]:
             return one
     return counts[-1]

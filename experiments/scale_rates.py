@@ -5,8 +5,8 @@
 
 Seconds are CPU seconds of one thread, so that other programs disturb little; disks are timed by the clock.
 DIR takes a checkpoint of some 200 MB and a file of 512 MB, both removed again. `--trace` is what
-`experiments.scale_trace` wrote; the rates that only a whole run shows are taken from it. Figures that the JSON
-file holds are not measured again.
+`experiments.scale_trace` wrote; the rates that only a whole run shows are taken from it. Figures that
+the JSON file holds are not measured again.
 """
 
 from __future__ import annotations

@@ -221,8 +221,8 @@ def closed_port() -> int:
 )
 def test_a_bad_uri_is_one_line_that_names_the_option(uri: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "no-database").write_text("text" * 100)
+    uri = uri.replace("FOLDER", str(tmp_path)).replace("CLOSED", str(closed_port()))
     with pytest.raises(UserError, match=says) as caught:
-        uri = uri.replace("FOLDER", str(tmp_path)).replace("CLOSED", str(closed_port()))
         Tracker(tracked.study("bad"), uri, tmp_path, {}, MODEL)
     assert "--tracking-uri" in str(caught.value)
     assert "\n" not in str(caught.value)
