@@ -102,13 +102,15 @@ def test_the_gguf_library_opens_what_is_accepted(tmp_path: Path) -> None:
         b' {"a": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}',
         '{"a": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}'.encode("utf-16"),
         b'{"\\ud800": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}',
+        b'{"__metadata__": {"a": "\\ud800"}, "a": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}',
         b'{"__metadata__": {"a": 1}, "a": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}',
         b'{"a": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}, '
         b'"b": {"dtype": "U8", "shape": [4611686018427387904, 4, 0], "data_offsets": [32, 32]}}',
         b'{"a": {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}, "__metadata__": {"b": "'
         + b"[" * (2**20 + 1) + b'"}}',
     ],
-    ids=["name twice", "field twice", "space first", "UTF-16", "half a character", "metadata", "overflow",
+    ids=["name twice", "field twice", "space first", "UTF-16", "half a character", "half of another",
+         "metadata", "overflow",
          "lists without end"],
 )  # fmt: skip
 def test_a_safetensors_header_that_readers_differ_on_is_refused(header: bytes, tmp_path: Path) -> None:
