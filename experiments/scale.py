@@ -64,7 +64,7 @@ experiments/results/scale_rates.json --rates search/scale/rates.json` times the 
 * A decoder block, GFLOP/s (tokens for each expert at once): {points}. A large product reaches
   {products["one_thread"] / 1e9:.0f}.
 * Checkpoint into a model: {1e9 * filling["BF16"]:.1f} ns per weight from bfloat16, {1e9 * filling["F8_E4M3"]:.1f} from float8.
-* Comparing with the base model: {1e9 * found["logit"]:.1f} ns per logit. SHA-256: {disk["hash"] / 1e9:.2f} GB/s. This disk: {disk["read"] / 1e9:.2f} GB/s
+* Comparing with the base model: {1e9 * found["logit"]:.1f} ns per logit. SHA-256: {found["hash"] / 1e9:.2f} GB/s. This disk: {disk["read"] / 1e9:.2f} GB/s
   read, {disk["write"] / 1e9:.2f} GB/s written.
 * Of trials, {rates.shares[1]:.0%} reach the second rung and {rates.shares[2]:.0%} the third; the driver takes {rates.trial:.2f} s a trial; job times
   spread by {rates.spread:.2f} (standard deviation of the logarithm), which is what stragglers are drawn with.
@@ -110,7 +110,7 @@ def machines_text(plan: Plan) -> str:
     rows = "\n".join(
         f"| {stage} | "
         + " | ".join(f"{run.seconds[stage] / 3600:,.1f}" for run in runs.values())
-        + f" | {plan.on_gpus(stage):,.1f} |"
+        + f" | {plan.on_gpus(stage):,.2f} |"
         for stage in names
     )
     whole = " | ".join(f"**{run.hours:,.0f}**" for run in runs.values())
@@ -139,8 +139,8 @@ So most cores of these machines idle. Hours:
 | dollars, as it is | {cost} | {gpu * GPU_NODE.price:,.0f} |
 
 * **(a)** is no plan: {runs["(a) laptop"].hours / 24:,.0f} days. Search a model that fits into memory and carry its decisions to DeepSeek-V3 by role
-  and depth (`--target`), as the README's example does in a quarter of an hour; on this machine only the export reads all of
-  DeepSeek-V3. With a bank of five types and threads it would still be {plan.run(LAPTOP, 1, WAYS[-1]).hours / 24:,.0f} days.
+  and depth (`--target`), as the README's example does in a quarter of an hour; DeepSeek-V3 itself is then pruned and quantized
+  once, by the recipe. With a bank of five types and threads it would still be {plan.run(LAPTOP, 1, WAYS[-1]).hours / 24:,.0f} days.
 * **(b)** is bound by one layer per worker in host memory, {plan.workers(GPU_NODE)} of {GPU_NODE.cores} cores. The last column is what the GPUs would make of
   it at {GPU_SHARE:.0%} of their dense bfloat16 rate, {format_size(GPU_NODE.reading)}/s of disk and quantization on all cores.
 * **(c)** ends where the calibration, one job on one thread, and the rounds of trials do not divide any further."""
@@ -164,6 +164,8 @@ def scaling_text(plan: Plan, found: Curves) -> str:
         for way in WAYS
         for hours in [found[way.title]]
     )
+    stages = sorted(plan.run(CPU_NODE, NODES[-1]).seconds.items(), key=lambda item: -item[1])
+    where = ", ".join(f"{name} {seconds / 3600:,.0f}" for name, seconds in stages[:5])
     return f"""## One to 64 nodes
 
 A discrete simulation of the Ray study (`search/scale/simulate.py`): jobs in the pool's order on whichever worker is free,
@@ -186,7 +188,10 @@ Scaling ends at **{end_of_scaling(base)} nodes**: from there twice as many take 
 *Rounds of 64* and *no rounds* let more than 8 workers score trials at a time; the first asks the sampler for more before it
 learns, and the second changes results with the number of workers, which today they do not depend on. *Threads* gives every
 worker the cores that its node has for it (perfectly, up to the memory's bandwidth); it helps wherever one job is waited for.
-*Five types* measures and stores a third of the options."""
+*Five types* makes the bank small and quantization quick, and leaves the trials as they are.
+
+At {NODES[-1]} nodes as it is, the hours are: {where}. A stage of one or two jobs takes as long on any number of
+nodes."""
 
 
 def checks_text(trace: Mapping[str, Any], rates: Rates) -> str:
@@ -210,8 +215,10 @@ measured and not in what is reckoned:
 {scale_check.table(scale_check.by_streaming(rates), "stage")}
 
 Not in the model: attention between tokens (below 2 % of a block at 256 tokens), the time of llama.cpp, the start of processes,
-pages of files that stay in memory between jobs, and a slow node's neighbours. Half of the experts' counts and a quarter of
-pruned experts are taken for every candidate, and types as drawn at random. No figure of DeepSeek-V3 was measured."""
+and pages of files that stay in memory between jobs. A quarter of the experts is taken as pruned in every candidate, and types
+as drawn at random. No figure of DeepSeek-V3 was measured. What is fitted to the reference run itself, and so no prediction
+there: seconds of a trial in the driver, shares of trials by rung, tokens of an lm-eval item, seconds per weight of error feedback
+and of projecting gradients."""
 
 
 def picture(found: Curves, path: Path) -> None:

@@ -66,10 +66,15 @@ def by_workers(trace: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
     measured = read("workers.json").values()
     out = {}
     for workers, key in ((1, "seconds_1_worker"), (2, "seconds_2_workers")):
-        waves = []
+        waves: list[Wave] = []
+        last = ""
         for row in (Row(*r) for r in trace["jobs"] if r[0] == "trials"):
             sizes = _dealt(row.size[0], workers) if row.job == "score" else [1]
             whole = base + slope * sum(sizes)
+            if row.job == "slopes" and waves and last == "slopes":  # of both forms, in one call
+                waves[-1] = Wave((*waves[-1].jobs, Work(row.seconds)), waves[-1].driver)
+                continue
+            last = row.job
             parts = [
                 row.seconds * (base + slope * n) / whole if len(sizes) > 1 else row.seconds for n in sizes
             ]

@@ -30,7 +30,8 @@ from search.commands import run_command
 from search.console import Stages
 from search.options import DEFAULT_TASKS, REFERENCE_MODEL, parse
 from search.pool import Job, LocalPool
-from search.runner import RUNGS
+from search.runner import RUNGS, SLOPE_PROBES, SLOPE_TOKENS
+from search.scale.work import spread_over
 
 LIMIT = 100
 """lm-eval items of a task, as `search.run` takes them by default."""
@@ -84,7 +85,7 @@ class Trace:
 
 def trace(out: Path, trials: int) -> dict[str, Any]:
     """A whole run of the reference model; what the JSON holds."""
-    found = Trace()
+    found, of = Trace(), commit()
     whole = Stages.stage
 
     def named(self: Stages, name: str) -> Any:
@@ -98,7 +99,7 @@ def trace(out: Path, trials: int) -> dict[str, Any]:
     ):
         result = engine.Search.open(parse(arguments)).run()
     return {
-        "cpu": cpu(), "date": datetime.date.today().isoformat(), "commit": commit(), "trials": trials,
+        "cpu": cpu(), "date": datetime.date.today().isoformat(), "commit": of, "trials": trials,
         "parameters": open_checkpoint(REFERENCE_MODEL).inventory.parameters(),
         "tokens": [t["scores"]["tokens"] for t in result["trials"]],
         "baselines": sum(bool(t["baseline"]) for t in result["trials"]),
@@ -118,13 +119,19 @@ def of_trace(found: dict[str, Any]) -> dict[str, Any]:
     forward = statistics.median(r.seconds / r.size[1] for r in jobs if r.stage == "finalists")
     items = LIMIT * len(DEFAULT_TASKS)
     tasks = statistics.median(r.seconds for r in jobs if r.job == "tasks")
+    slopes = statistics.median(r.seconds for r in asked if r.job == "slopes")
+    windows, length = spread_over(SLOPE_TOKENS)
+    draws = SLOPE_PROBES + 1
+    passes = windows * length * (2 + 2 * draws) * forward
     recipe = Recipe()
     fit = 3 * recipe.steps * recipe.windows * WINDOW * forward
     repair = statistics.median(r.seconds for r in jobs if r.job == "repair")
     return {
         "trial": sum(row.driver for row in asked) / trials,
-        "shares": [sum(t >= tokens for t in free) / len(free) for tokens in RUNGS],
+        # A rung may have a few tokens less than asked for, but more than the one before.
+        "shares": [sum(t > before for t in free) / len(free) for before in (0, *RUNGS[:-1])],
         "slopes": sum(row.job == "slopes" for row in asked) / trials,
+        "gradient": max(0.0, slopes - passes) / found["parameters"] / windows / draws,
         "spread": statistics.stdev(spread),
         "task_tokens": tasks / forward / items,
         "repair": max(0.0, repair - fit) / found["parameters"],

@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 from compression.files import write_text
 from experiments.faults_page import page
 from search.commands import run_command
+from spaces.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results") / "slow_suite.json"
@@ -53,7 +54,9 @@ def run(module: str, wanted: str) -> list[dict[str, Any]]:
             sys.executable, "-m", "pytest", *_PLAIN, "-m", "slow", "-k", wanted, module,
             f"--junitxml={report}", "-o", "junit_family=xunit1", "-o", "timeout=3600",
         ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, timeout=_MODULE_SECONDS, check=False)
+        code = subprocess.run(command, cwd=ROOT, timeout=_MODULE_SECONDS).returncode
+        if code not in (0, 1):  # all passed, some failed
+            raise UserError(f"{module}: pytest ended with {code}; run the same command again")
         return [_record(case, module) for case in ElementTree.parse(report).iter("testcase")]
 
 

@@ -117,7 +117,7 @@ class Estimate:
         disk = "files stay in memory" if known else f"a disk taken to read {format_size(UNKNOWN_DISK)}/s"
         return [
             *table,
-            f"in all {_time(sum(self.seconds.values()))} with {max(1, self.plan.workers)} workers of one "
+            f"in all {_time(sum(self.seconds.values()))} with {_count(max(1, self.plan.workers))} of one "
             f"thread ({self.machine.cores} cores here, {disk}), the model {how}",
             f"rates are of one core of {self.cpu}: expect a factor of 2",
             f"memory: {format_size(self.memory)} in the largest process, {format_size(self.run_memory)} in "
@@ -146,8 +146,9 @@ def estimate(problem: Problem, options: Options) -> Estimate:
     try:
         elsewhere = options.ray_address is not None
         plan = make_plan(
-            source, options.workers, stream=options.stream, types=options.types, elsewhere=elsewhere
-        )
+            source, options.workers, options.stream, options.types,
+            elsewhere=elsewhere, fewer=options.workers == os.cpu_count(),
+        )  # fmt: skip
     except UserError as error:
         warnings.append(f"warning: {error}")
         plan = Plan(options.workers, True, 0)
@@ -177,6 +178,10 @@ def estimate_lines(problem: Problem, options: Options) -> list[str]:
 def _existing(path: Path) -> Path:
     """The path, or its nearest parent that is there."""
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _count(workers: int) -> str:
+    return f"{workers} worker{'s' * (workers > 1)}"
 
 
 def _time(seconds: float) -> str:

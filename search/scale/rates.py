@@ -26,6 +26,7 @@ class Rates:
         trial: CPU seconds of the driver for one trial: asking, telling, tracking.
         shares: Of a study's trials, those that reach each rung.
         slopes: Jobs of slopes for every trial.
+        gradient: CPU seconds per weight of what every type would change, for each window and draw.
         spread: Standard deviation of the logarithm of a job's time over what its work says.
         task_tokens: Tokens of forward pass for one lm-eval item.
         repair: CPU seconds per weight of quantizing with error feedback.
@@ -40,6 +41,7 @@ class Rates:
     trial: float
     shares: tuple[float, ...]
     slopes: float
+    gradient: float
     spread: float
     task_tokens: float
     repair: float

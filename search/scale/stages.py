@@ -237,7 +237,8 @@ def _slopes(model: Model, tokens: int, backward: int) -> Work:
     windows, length = model.text(tokens, True)
     run = (model.run(windows, length) + model.compare(windows * length)) * (2 + 2 * backward)
     types = sum(t.parameters * len(model.space.ladder(t)) for t in model.inventory.quantizable)
-    return run + Work(types * model.dequantizing, weights=types)
+    projected = model.rates.gradient * model.weights * windows * backward
+    return run + Work(types * model.dequantizing + projected, weights=types)
 
 
 def _score(model: Model, settings: int, tokens: int, spread: bool, before: int) -> Work:

@@ -112,12 +112,7 @@ class Model:
 
     def text(self, tokens: int, spread: bool) -> tuple[int, int]:
         """(windows, tokens of each) of a text of so many tokens; spread: a few of every kind of it."""
-        if not spread:
-            return -(-tokens // WINDOW), WINDOW
-        count = SEARCH_TOKENS // WINDOW
-        whole = TextSet("search", np.zeros((count, WINDOW), np.int32), _named(count), 1.0)
-        windows, length = whole.spread(tokens).windows.shape
-        return windows, length
+        return spread_over(tokens) if spread else (-(-tokens // WINDOW), WINDOW)
 
     def passes(self, windows: int, length: int, settings: int) -> int:
         """How often a population goes through the model, holding no more states than it may."""
@@ -171,5 +166,10 @@ class Model:
         return sum(t.bytes(kind) + HEADER_BYTES for t in tensors for kind in self.space.ladder(t))
 
 
-def _named(count: int) -> tuple[str, ...]:
-    return tuple(str(i % _SOURCES) for i in range(count))
+def spread_over(tokens: int) -> tuple[int, int]:
+    """(windows, tokens of each) that a search spreads a few tokens over."""
+    count = SEARCH_TOKENS // WINDOW
+    sources = tuple(str(i % _SOURCES) for i in range(count))
+    whole = TextSet("search", np.zeros((count, WINDOW), np.int32), sources, 1.0)
+    windows, length = whole.spread(tokens).windows.shape
+    return windows, length
