@@ -224,6 +224,7 @@ and of projecting gradients."""
 def picture(found: Curves, path: Path) -> None:
     """Hours and dollars by nodes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8, 4.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
@@ -236,6 +237,9 @@ def picture(found: Curves, path: Path) -> None:
     for axes, label in ((left, "hours"), (right, "US dollars")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(NODES, [str(n) for n in NODES])
         axes.set_xlabel("CPU nodes")
         axes.set_title(label, fontsize=11)

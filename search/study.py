@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from spaces.errors import UserError
 
 _DIRECTIONS: tuple[Literal["minimize", "maximize"], ...] = ("minimize", "minimize", "maximize")
 _BUSY = 120  # seconds a writer waits for the others
+_MAKING, _LOOKS = 1.0, 5  # seconds between looks at a database whose tables another driver just makes
 _METRICS = ("KL (nats)", "target bytes", "target tokens/s")
 
 
@@ -46,12 +48,10 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
     shown = re.sub(r"(//[^:/@]+):[^@/]*@", r"\1:***@", url)
     try:
         if _foreign(url):
-            raise UserError(f"--storage {shown}: is a database of something else; give one of its own")
-        # A server may have closed a connection since it was used last; a file's writers take turns.
-        patience = {"timeout": _BUSY} if url.startswith("sqlite") else {}
-        return optuna.storages.RDBStorage(
-            url, engine_kwargs={"pool_pre_ping": True, "connect_args": patience}
-        )
+            time.sleep(_MAKING)
+            if _foreign(url):
+                raise UserError(f"--storage {shown}: is a database of something else; give one of its own")
+        return _database(url)
     except UserError:
         raise
     except Exception as error:  # SQLAlchemy and drivers raise many kinds
@@ -61,6 +61,21 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
             ) from error
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--storage {shown}: cannot be opened ({reason})") from error
+
+
+def _database(url: str) -> BaseStorage:
+    """Optuna's storage in a database; its tables are made where there are none."""
+    # A server may have closed a connection since it was used last; a file's writers take turns.
+    patience = {"timeout": _BUSY} if url.startswith("sqlite") else {}
+    options = {"pool_pre_ping": True, "connect_args": patience}
+    for _ in range(_LOOKS):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=dict(options))
+        except Exception as error:  # which kind depends on the database, and on who was first where
+            if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
+                raise
+            time.sleep(_MAKING)
+    return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
 
 def _foreign(url: str) -> bool:

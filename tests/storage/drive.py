@@ -67,6 +67,12 @@ def drive(name: str, total: int, seconds: float) -> None:
         crew.close()
 
 
+def first_look(name: str, barrier: Any) -> None:
+    """Opens a storage, which may be new, at the same moment as others."""
+    barrier.wait(DEADLINE)
+    open_study("s", storage(name), {"seed": 0})
+
+
 class Drivers:
     """Drivers of one study, each a process of its own.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 PROGRAMS = Path("/usr/lib/postgresql")
 _STARTING = 60.0
+_HASTE = ("-c", "fsync=off", "-c", "synchronous_commit=off")  # no test pulls the machine's plug
 
 
 def programs() -> Path | None:
@@ -56,7 +57,7 @@ class Server:
             assert made.returncode == 0, made.stderr
             with (self.folder / "log").open("wb") as log:
                 self.process = subprocess.Popen(
-                    [programs / "postgres", "-D", data, "-k", self.folder, "-c", "listen_addresses="],
+                    [programs / "postgres", "-D", data, "-k", self.folder, "-c", "listen_addresses=", *_HASTE],
                     cwd=self.folder, stdout=log, stderr=log, **self._as,
                 )  # fmt: skip
             self.url = f"postgresql://moefit@/postgres?host={self.folder}"

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.drivers import OWNER
 from search.study import finished, open_study
-from tests.storage.drive import BASELINES, Drivers, storage
+from tests.storage.drive import BASELINES, DEADLINE, PROCESSES, Drivers, first_look, storage
 
 
 def check(name: str, total: int, drivers: int) -> list[FrozenTrial]:
@@ -56,3 +56,20 @@ def survived(name: str, total: int, count: int) -> tuple[int, float]:
     done = check(name, total, count)
     check_survived(name, lost, done)
     return len(lost), seconds
+
+
+def opened_at_once(name: str, count: int) -> None:
+    """Processes open a storage that holds nothing yet, all at once; none may fail."""
+    barrier = PROCESSES.Barrier(count)
+    processes = [
+        PROCESSES.Process(target=first_look, args=(name, barrier), daemon=True) for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(DEADLINE)
+    codes = [p.exitcode for p in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * count
+    assert open_study("s", storage(name), {"seed": 0}).user_attrs["identity"] == {"seed": 0}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.sharing import shared, survived
+from tests.storage.sharing import opened_at_once, shared, survived
 
 KINDS = ("flock:{}/study.journal", "lockfile:{}/study.journal", "sqlite:///{}/study.db")
 
@@ -30,6 +30,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_drivers_make_exactly_the_trials_that_were_wanted(kind: str, folder: Path) -> None:
     shared(kind.format(folder), 20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_storage_is_opened_by_several_at_once(kind: str, folder: Path) -> None:
+    opened_at_once(kind.format(folder), 4)
 
 
 @pytest.mark.slow
