@@ -110,8 +110,8 @@ def test_no_text_is_used_twice() -> None:
 
 def test_an_answer_is_kept_while_the_files_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = gguf_tokenizer(folder, ROWS)
-    run, calls = subprocess.run, []
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kw: calls.append(args) or run(*args, **kw))
+    start, calls = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kw: calls.append(args) or start(*args, **kw))
     assert gguf_tokenizer(folder, ROWS) == first
     assert not calls
     edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=START))
