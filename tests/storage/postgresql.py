@@ -57,7 +57,7 @@ class Server:
             assert made.returncode == 0, made.stderr
             with (self.folder / "log").open("wb") as log:
                 self.process = subprocess.Popen(
-                    [programs / "postgres", "-D", data, "-k", self.folder, "-c", "listen_addresses=", *_HASTE],
+                    [programs / "postgres", "-D", data, "-k", self.folder, "-c", "listen_addresses=", *_HASTE],  # noqa: E501
                     cwd=self.folder, stdout=log, stderr=log, **self._as,
                 )  # fmt: skip
             self.url = f"postgresql://moefit@/postgres?host={self.folder}"
