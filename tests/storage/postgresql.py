@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -15,7 +13,7 @@ from typing import Any
 
 PROGRAMS = Path("/usr/lib/postgresql")
 _STARTING = 60.0
-_QUIET = ("-c", "listen_addresses=", "-c", "fsync=off")  # a socket alone; no test pulls the machine's plug
+_HASTE = ("-c", "fsync=off", "-c", "synchronous_commit=off")  # no test pulls the machine's plug
 
 
 def programs() -> Path | None:
@@ -26,6 +24,8 @@ def programs() -> Path | None:
 
 def _other_user() -> dict[str, Any]:
     """The server refuses to run as root: whom to run it as then."""
+    import os
+
     if os.geteuid() != 0:
         return {}
     names = {entry.pw_name for entry in pwd.getpwall()}
@@ -78,7 +78,7 @@ class Server:
     def close(self) -> None:
         """Stops the server and removes its folder."""
         if self.process is not None:
-            self.process.send_signal(signal.SIGINT)  # does not wait for clients to hang up
+            self.process.terminate()
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
