@@ -22,6 +22,7 @@ import numpy as np
 from compression import ggml
 from compression.checkpoint import Checkpoint, load_tokenizer
 from compression.families import family
+from compression.files import naming
 from compression.gguf_export import tensor_data
 from compression.safetensors_file import Entry, read, read_header, read_raw
 from compression.safetensors_writer import Item, write
@@ -58,13 +59,14 @@ def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Chec
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with (folder / WEIGHTS).open("wb") as stream:
+        with naming(path / WEIGHTS), (folder / WEIGHTS).open("wb") as stream:
             items = [_item(model, candidate, info) for info in model.inventory.infos(candidate.plan)]
             write(stream, items, {"format": "moefit"})
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         config["moefit"] = {"version": 1, "candidate": json.loads(candidate.to_json())}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        _write_tokenizer(checkpoint, folder)
+        with naming(path):
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            _write_tokenizer(checkpoint, folder)
         folder.chmod(0o755)
         if path.is_dir():
             old = folder.with_name(folder.name + ".old")

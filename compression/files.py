@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)
+_FOREIGN = f"(os error {errno.ENOSPC})"  # how the tokenizers library, which is Rust, tells of a full disk
 
 
 @contextmanager
@@ -23,22 +24,37 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename == str(temporary):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        # Writes to an open file do not say which; numpy's not even why.
-        if error.errno in _UNWRITTEN and error.filename is None:
-            raise OSError(error.errno or errno.ENOSPC, _reason(error), str(path)) from error
-        raise
+        with naming(path, temporary):
+            with temporary.open("wb") as stream:
+                yield stream
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or f"could not be written in full ({error})"
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Lets errors of a full or failing disk name what was to be written.
+
+    Writes to an open file do not say which; numpy's not even why.
+
+    Args:
+        path: What the block writes.
+        temporary: The name it has until it is finished.
+    """
+    try:
+        yield
+    except OSError as error:
+        if temporary is not None and error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno in _UNWRITTEN and error.filename is None:
+            reason = error.strerror or f"could not be written in full ({error})"
+            raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
+        raise
+    except Exception as error:
+        if _FOREIGN in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ The child is `evaluators.llama_child`. Nothing of llama.cpp is loaded here.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from compression.child import run_module
+from compression.files import naming
 from evaluators.generations import Sampling
 from evaluators.shared_prefix import Item
 from spaces.errors import UserError
 
 _PART = 2**28  # bytes of logits in one file
+_FULL = f"[Errno {errno.ENOSPC}]"
 _SLOWEST = 10e6  # bytes a disk reads in a second, at least
 EXPORT_AGAIN = "export it again; if it is whole, this llama.cpp does not take its architecture or metadata"
 
@@ -68,7 +71,7 @@ def file_logits(
         raise UserError(f"{path}: windows must be (n, length) token ids, got {windows.dtype} {windows.shape}")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the finished file only needs to be renamed.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    with naming(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         np.save(Path(folder) / "windows.npy", windows)
         _run_child(Path(folder), path, {"job": "logits", "threads": threads}, timeout)
         os.replace(Path(folder) / "logits.npy", out)
@@ -229,6 +232,8 @@ def _run_child(folder: Path, path: Path, request: dict[str, Any], timeout: float
         raise UserError(
             f"{path}: llama.cpp was not done after {timeout:g} s; allow more time or ask for fewer tokens"
         ) from error
+    if code and _FULL in stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if code:
         raise UserError(f"{path}: {_death(code, stderr)}")
     result = json.loads((folder / "result.json").read_text("utf-8"))

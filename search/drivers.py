@@ -165,9 +165,12 @@ class Crew:
 
         Numbers decide, which are the same for every driver, so that exactly one of two twins goes on.
         """
+        number, attributes = trial.number, trial.user_attrs
+        own = {(key, attributes[key]) for key in _TWINS if key in attributes}
+        if not own and number < total:
+            return False
         trials = self.study.get_trials(deepcopy=False)
-        before = [t for t in trials if t.number < trial.number and t.state != TrialState.FAIL]
-        own = {(key, trial.user_attrs[key]) for key in _TWINS if key in trial.user_attrs}
+        before = [t for t in trials if t.number < number and t.state != TrialState.FAIL]
         return len(before) >= total or any(t.user_attrs.get(k) == v for t in before for k, v in own)
 
     def logged_elsewhere(self) -> Callable[[FrozenTrial], bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from compression import ggml
 from compression.calibration import Calibration
 from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from compression.gguf_export import with_tokenizer
@@ -95,6 +95,7 @@ class Search:
             "rungs": " ".join(map(str, RUNGS)),
             **({"types": " ".join(o.types)} if o.types else {}),
             "texts": " ".join(text.digest for text in texts.values()),
+            "quantizer": ggml.version(),
         }
 
     def dry_run(self) -> None:
@@ -134,7 +135,7 @@ class Search:
             )
         plan = make_plan(
             self.checkpoint.inventory, o.workers, o.stream, o.types,
-            elsewhere=o.ray_address is not None, fewer=o.workers == os.cpu_count(),
+            elsewhere=o.ray_address is not None, fewer=o.fewer_workers,
         )  # fmt: skip
         storage = open_storage(o.storage, o.out / "study.journal")
         study = open_study(o.study, storage, self.identity(texts))

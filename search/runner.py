@@ -12,12 +12,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.stats import spearmanr
 
@@ -168,13 +170,14 @@ class TrialRunner:
         """
         trials = list(begun)
         for _ in range(count - len(begun)):
-            trial = self.study.ask(self.allocator.space.distributions)
-            if self.crew is not None:
-                self.crew.own(trial)
-                if total is not None and self.crew.surplus(trial, total):
-                    self.study.tell(trial, state=TrialState.FAIL)
-                    continue
-            trials.append(trial)
+            with suppress(UpdateFinishedTrialError):  # it took so long that another driver ended the trial
+                trial = self.study.ask(self.allocator.space.distributions)
+                if self.crew is not None:
+                    self.crew.own(trial)
+                    if total is not None and self.crew.surplus(trial, total):
+                        self.study.tell(trial, state=TrialState.FAIL)
+                        continue
+                trials.append(trial)
         self._round(trials)
 
     def _round(self, trials: Sequence[Trial], told: Sequence[_Rival] = ()) -> None:

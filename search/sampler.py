@@ -100,8 +100,12 @@ class KnapsackSampler(BaseSampler):
 
     def last_sloped(self, seen: Sequence[Seen], form: str) -> float:
         """KL of the best config of a form that slopes were measured at; infinite where there is none."""
-        known = [s.damage for s in self._complete(seen, form) if self.slopes.get(s.key) is not None]
-        return min(known, default=float("inf"))
+        return min((s.damage for s in self._measured(seen, form)), default=float("inf"))
+
+    def _measured(self, seen: Sequence[Seen], form: str) -> list[Seen]:
+        """Complete trials of a form that slopes were measured at."""
+        keys = self.slopes.keys()
+        return [s for s in self._complete(seen, form) if s.key in keys and self.slopes.get(s.key) is not None]
 
     def _complete(self, seen: Sequence[Seen], form: str) -> list[Seen]:
         one = len(self.space.forms) == 1
@@ -112,11 +116,7 @@ class KnapsackSampler(BaseSampler):
 
         It need not be the trial itself: that is few changes away, where most of what slopes say holds.
         """
-        known = [
-            s
-            for s in self._complete(seen, PORTABLE if near.portable else RAGGED)
-            if self.slopes.get(s.key) is not None
-        ]
+        known = self._measured(seen, PORTABLE if near.portable else RAGGED)
         return min(known, key=lambda s: (s.damage, s.number), default=None)
 
     def belief(self, seen: Sequence[Seen], near: Seen | None) -> Belief:

@@ -40,6 +40,11 @@ class SlopeBook:
                 self._known[key] = {(name, kind): (first, second) for name, kind, first, second in rows}
         return self._known.get(key)
 
+    def keys(self) -> set[str]:
+        """Candidates that slopes were measured at, by this driver or by another one of its folder."""
+        kept = () if self.folder is None else self.folder.glob("*.json")
+        return {*self._known, *(file.stem for file in kept)}
+
     def put(self, key: str, slopes: Slopes) -> None:
         """Notes slopes at a candidate."""
         self._known[key] = slopes

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from compression.files import write_text
+from compression.files import naming, write_text
 from compression.variant_bank import VariantBank
 from evaluators.texts import TextSet, make_windows, read_documents, split_documents
 from search.cache_files import bank_index, load_text, material, save_bank_index, save_text, sweep
@@ -222,7 +222,7 @@ class CostFile:
             # A line that a crash cut short must not swallow the next one.
             if stream.tell() and not self._whole(stream):
                 stream.write(b"\n")
-        with self.file.open("a", encoding="utf-8") as stream:
+        with naming(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.writelines(self._line(row) + "\n" for row in rows)
 
 

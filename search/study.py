@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 import warnings
@@ -66,16 +67,35 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
 def _database(url: str) -> BaseStorage:
     """Optuna's storage in a database; its tables are made where there are none."""
     # A server may have closed a connection since it was used last; a file's writers take turns.
-    patience = {"timeout": _BUSY} if url.startswith("sqlite") else {}
+    local = url.startswith("sqlite")
+    patience = {"timeout": _BUSY, "isolation_level": None} if local else {}
     options = {"pool_pre_ping": True, "connect_args": patience}
-    for _ in range(_LOOKS):
+    looks = 0
+    while True:
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=dict(options))
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=dict(options))
+            if local:
+                _one_at_a_time(storage)
+            return storage
         except Exception as error:  # which kind depends on the database, and on who was first where
-            if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
+            making = "already exists" in str(error) or "UNIQUE constraint" in str(error)
+            if looks == _LOOKS or not making:
                 raise
+            looks += 1
             time.sleep(_MAKING)
-    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+
+
+def _one_at_a_time(storage: optuna.storages.RDBStorage) -> None:
+    """Has SQLite's transactions take the write lock where they begin.
+
+    It has no locks of rows, by which Optuna keeps two drivers from taking the same enqueued trial: both
+    would read that it waits before one of them writes.
+    """
+    from sqlalchemy import event
+
+    writable = os.access(storage.engine.url.database or "", os.W_OK)
+    begin = "BEGIN IMMEDIATE" if writable else "BEGIN"
+    event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql(begin))
 
 
 def _foreign(url: str) -> bool:

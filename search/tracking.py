@@ -308,7 +308,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    # It logs errors in full before it raises them; `told` makes a line of them.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     _answers(uri)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -101,7 +101,6 @@ class Case:
         of_a_study: Whether it needs the finished run.
         leaves: Patterns of files that may differ afterwards.
         slow: Whether it takes seconds until it is noticed.
-        pending: Whether it is known not to hold yet.
     """
 
     wrong: str
@@ -112,7 +111,6 @@ class Case:
     of_a_study: bool = False
     leaves: tuple[str, ...] = ()
     slow: bool = False
-    pending: bool = False
 
     @property
     def argv(self) -> tuple[str, ...]:

@@ -30,8 +30,7 @@ def command(case: Case) -> str:
 
 def _row(case: Case) -> str:
     says = " ... ".join(_escaped(part) for part in case.says)
-    wrong = case.wrong + " (not yet)" * case.pending
-    return f"| {wrong} | {command(case)} | {_code(says)} |"
+    return f"| {case.wrong} | {command(case)} | {_code(says)} |"
 
 
 def _wrapped(arguments: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compression.gguf_file import GgufFile
 from search.machine_memory import free_memory
 from search.memory import Plan, make_plan, run_bytes, worker_bytes
 from search.options import Options
@@ -41,8 +42,8 @@ def stand_in(inventory: Inventory, runtime: str, types: tuple[str, ...]) -> Spac
 
 
 def checkpoint_bytes(path: Path) -> int:
-    """Bytes of a checkpoint's weight files."""
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    """Bytes of a checkpoint's weight files: of a folder's shards, of all parts of a GGUF file."""
+    files = list(path.glob("*.safetensors")) if path.is_dir() else GgufFile.open(path).files
     return sum(f.stat().st_size for f in files)
 
 
@@ -147,7 +148,7 @@ def estimate(problem: Problem, options: Options) -> Estimate:
         elsewhere = options.ray_address is not None
         plan = make_plan(
             source, options.workers, options.stream, options.types,
-            elsewhere=elsewhere, fewer=options.workers == os.cpu_count(),
+            elsewhere=elsewhere, fewer=options.fewer_workers,
         )  # fmt: skip
     except UserError as error:
         warnings.append(f"warning: {error}")

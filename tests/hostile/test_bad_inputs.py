@@ -77,9 +77,8 @@ def check(case: Case, code: object, errors: str) -> None:
 
 def cases(of_a_study: bool) -> list[object]:
     """The table's cases with or without a study, as pytest's parameters."""
-    pending, slow = pytest.mark.xfail(strict=True, reason="not mended yet"), pytest.mark.slow
     return [
-        pytest.param(c, id=c.wrong, marks=[pending] * c.pending + [slow] * c.slow)
+        pytest.param(c, id=c.wrong, marks=[pytest.mark.slow] * c.slow)
         for c in CASES
         if c.of_a_study == of_a_study
     ]

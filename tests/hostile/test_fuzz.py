@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,11 @@ def fuzzed(name: str, folder: Path, inputs: int, repeatable: bool) -> Judge:
     return judge
 
 
+def told(name: str, engine: str, inputs: int) -> str:
+    """What the page of results shows; a fault would have ended the test before."""
+    return json.dumps({"target": name, "engine": engine, "inputs": inputs, "faults": 0})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_some_inputs(name: str, tmp_path: Path) -> None:
     judge = fuzzed(name, tmp_path, 300, repeatable=True)
@@ -62,17 +69,20 @@ def test_some_inputs(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", NAMES)
-def test_many_inputs(name: str, tmp_path: Path) -> None:
+def test_many_inputs(name: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     judge = fuzzed(name, tmp_path, MANY, repeatable=False)
     assert judge.inputs >= MANY
     assert name == "index" or judge.accepted > MANY / 1000  # or nothing behind the first check was reached
+    record_property("fuzz", told(name, "hypothesis", judge.inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs moefit[fuzz]")
 @pytest.mark.parametrize("name", NAMES)
-def test_inputs_led_by_coverage(name: str, tmp_path: Path) -> None:
+def test_inputs_led_by_coverage(
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     corpus, scratch = tmp_path / "corpus", tmp_path / "scratch"
     corpus.mkdir()
     scratch.mkdir()
@@ -89,3 +99,4 @@ def test_inputs_led_by_coverage(name: str, tmp_path: Path) -> None:
     executed = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
     assert executed is not None
     assert int(executed[1]) >= MANY
+    record_property("fuzz", told(name, "atheris", int(executed[1])))

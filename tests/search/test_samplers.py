@@ -234,7 +234,15 @@ def test_an_ask_is_fast_after_many_trials(deep: tuple[Allocator, list[dict[str, 
     inventory = allocator.space.inventory
     decisions = len(inventory.quantizable) + 2 * len(inventory.moe_layers)
     assert 280 <= decisions <= 320
-    trials = told(allocator, params, 2000)
+    few, many = ask_times(allocator, params, 200), ask_times(allocator, params, 2000)
+    # Beside one another, as machines differ and are busy with other things; quiet ones take 20 and 50 ms.
+    assert many < 6 * few, f"{few:.0f} ms per ask after 200 trials, {many:.0f} after 2,000"
+    assert many < 1000, f"{many:.0f} ms per ask at {decisions} decisions"
+
+
+def ask_times(allocator: Allocator, params: list[dict[str, Any]], count: int) -> float:
+    """CPU milliseconds of an ask after so many trials, with another one told since the last."""
+    trials = told(allocator, params, count)
     study = SimpleNamespace(get_trials=lambda deepcopy: trials)
     sampler, times = KnapsackSampler(allocator), []
     for _ in range(9):
@@ -247,8 +255,7 @@ def test_an_ask_is_fast_after_many_trials(deep: tuple[Allocator, list[dict[str, 
         (done,) = told(allocator, [own], 1)  # so that the next ask has to learn anew
         done.number = len(trials)
         trials.append(done)
-    later = float(np.median(times[1:]))  # the first ask reads all trials
-    assert later < 150, f"{later:.0f} ms per ask at {decisions} decisions, of {times}"
+    return float(np.median(times[1:]))  # the first ask reads all trials
 
 
 def test_slopes_of_a_config_close_by_serve_where_none_were_measured() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from compression.calibration import Calibration
 from compression.candidate_model import CandidateModel
@@ -157,6 +158,8 @@ def test_slopes_are_of_every_type_and_the_options_asked_for(workers: tuple[Worke
     spent, rows = worker.slopes(at, TOKENS, 2)
     assert {(decision, choice) for decision, choice, _, _ in rows} == types
     assert spent == TOKENS * (4 + 2 * 2)
+    torch.manual_seed(1)  # draws of labels have a generator of their own
+    assert worker.slopes(at, TOKENS, 2) == (spent, rows)
 
 
 def test_candidates_are_scored_together_in_the_order_given(workers: tuple[Worker, Worker]) -> None:
@@ -174,6 +177,16 @@ def test_candidates_are_scored_together_in_the_order_given(workers: tuple[Worker
     assert both(workers, "score", texts, "search", TOKENS) == each
     assert both(workers, "score", [texts[2], *texts], "search", TOKENS) == [each[2], *each]
     assert both(workers, "score", [], "search", TOKENS) == []
+
+
+def test_global_generators_change_no_score(workers: tuple[Worker, Worker]) -> None:
+    wanted = candidate(workers[0].inventory, {2: (1, 4, 5)}).to_json()
+    answers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        answers.append(workers[0].score([wanted], "search", TOKENS))
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "folder"])

@@ -16,7 +16,7 @@ import psutil
 from optuna.trial import FrozenTrial, TrialState
 
 from search.console import Stages
-from search.drivers import Crew
+from search.drivers import OWNER, Crew
 from search.engine import Running
 from search.pool import Pool
 from search.sampler import make_sampler
@@ -72,11 +72,13 @@ class Load:
         folder: Of the journal, the MLflow database and the slopes.
         pool: Workers of the kind `SyntheticWorker`.
         every: Trials between two looks at memory.
+        real: Whether trials are stored in a journal and logged to MLflow; in memory and nowhere else if not.
     """
 
-    def __init__(self, folder: Path, pool: Pool, every: int = 250) -> None:
-        self.folder, self.pool, self.every, self.times = folder, pool, every, Times()
-        self.study = open_study("soak", open_storage(None, folder / "study.journal"), {})
+    def __init__(self, folder: Path, pool: Pool, every: int = 250, real: bool = True) -> None:
+        self.folder, self.pool, self.every, self.real, self.times = folder, pool, every, real, Times()
+        storage = open_storage(None, folder / "study.journal") if real else optuna.storages.InMemoryStorage()
+        self.study = open_study("soak", storage, {})
         self.study.sampler = make_sampler("knapsack", allocator(), 0, SlopeBook(folder / "slopes"))
 
     def run(self, total: int) -> None:
@@ -87,7 +89,11 @@ class Load:
         running = Running(search, study, self.pool, {}, None, crew)  # type: ignore[arg-type]
         running.space, running.allocator = space, allocator()
         running.stages = Stages(lambda: 0)
-        running.tracker = Tracker(study, None, self.folder, {}, space.inventory, crew.logged_elsewhere)
+        running.tracker = (
+            Tracker(study, None, self.folder, {}, space.inventory, crew.logged_elsewhere)
+            if self.real
+            else _Untracked()  # type: ignore[assignment]
+        )
         runner = running.runner = make_runner(study, allocator(), self.pool)  # type: ignore[arg-type]
         runner.crew = crew
         self._time(running)
@@ -97,10 +103,22 @@ class Load:
         finally:
             crew.close()
 
+    def fill(self, copies: int) -> None:
+        """Adds copies of the finished trials, as if another driver had run them."""
+        done = finished(self.study)
+        for i in range(copies):
+            trial = done[i % len(done)]
+            attributes = {k: v for k, v in trial.user_attrs.items() if k not in ("baseline", OWNER)}
+            copy = optuna.trial.create_trial(
+                state=trial.state, values=trial.values, params=trial.params,
+                distributions=trial.distributions, user_attrs=attributes,
+            )  # fmt: skip
+            self.study.add_trial(copy)
+
     def _time(self, running: Running) -> None:
         times, runner, tracker = self.times, running.runner, running.tracker
         step, tell, evaluate = runner.step, runner._tell, runner._evaluate
-        scoring = 0.0
+        scoring, logging = 0.0, list[float]()
 
         def timed(work: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
             def run(*args: Any, **options: Any) -> Any:
@@ -124,14 +142,16 @@ class Load:
             return found
 
         def told(entry: Any) -> None:
-            begun, logged = clock(), len(times.log)
+            logging.clear()
+            begun = clock()
             tell(entry)
-            times.tell.append(clock() - begun - sum(times.log[logged:]))
+            times.tell.append(clock() - begun - sum(logging))
+            times.log.append(sum(logging))
             if len(times.tell) % self.every == 0:
                 times.memory.append((len(times.tell), psutil.Process().memory_info().rss))
 
         self.study.ask = timed(self.study.ask, times.ask)  # type: ignore[method-assign]
-        tracker.log_trial = timed(tracker.log_trial, times.log)  # type: ignore[method-assign]
+        tracker.log_trial = timed(tracker.log_trial, logging)  # type: ignore[method-assign]
         tracker._write = timed(tracker._write, times.write)  # type: ignore[method-assign]
         runner.step, runner._tell, runner._evaluate = whole_round, told, evaluated  # type: ignore[method-assign]
 
@@ -151,6 +171,22 @@ class Load:
             token = runs.token
             if not token:
                 return sorted(found)
+
+
+class _Untracked:
+    """A tracker that writes nothing."""
+
+    def log_all(self, candidate: Any) -> None:
+        pass
+
+    def log_trial(self, *args: Any) -> None:
+        pass
+
+    def _write(self, *args: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +25,12 @@ from tests.search.rounds import ALLOCATOR, params, scrambled
 BASELINES = ("uniform", "paper-rules")
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])  # what takes seconds to import is imported once
-DEADLINE = 240.0
+DEADLINE = 120.0
 """Seconds that a driver may take."""
+
+
+LEASE = 10.0
+"""Seconds after which a trial that was made and never noted as anyone's is tried again."""
 
 
 class SlowPool(FakePool):
@@ -50,17 +56,16 @@ def storage(name: str) -> BaseStorage:
     return open_storage(name, Path("unused"))
 
 
-def drive(name: str, total: int, seconds: float) -> None:
-    """Fills the study up to so many trials, the baselines first."""
+def drive(name: str, total: int, seconds: float, barrier: Any) -> None:
+    """Fills the study up to so many trials, the baselines first; begins when all drivers are there."""
     study = open_study("s", storage(name), {})
     study.sampler = make_sampler("knapsack", ALLOCATOR, 0)
-    crew = Crew(study)
+    crew = Crew(study, lease=LEASE)
     runner = make_runner(study, ALLOCATOR, SlowPool(seconds))
     runner.crew = crew
-    known = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False)}
-    for criterion, baseline in zip(("reap", "paper"), BASELINES, strict=True):
-        if baseline not in known:
-            study.enqueue_trial(params(criterion=criterion), user_attrs={"baseline": baseline})
+    barrier.wait(DEADLINE)
+    for criterion, baseline in zip(("reap", "paper"), BASELINES, strict=True):  # all find them missing
+        study.enqueue_trial(params(criterion=criterion), user_attrs={"baseline": baseline})
     try:
         runner.run(total)
     finally:
@@ -71,6 +76,13 @@ def first_look(name: str, barrier: Any) -> None:
     """Opens a storage, which may be new, at the same moment as others."""
     barrier.wait(DEADLINE)
     open_study("s", storage(name), {"seed": 0})
+
+
+def take(name: str, count: int, barrier: Any, taken: Any) -> None:
+    """Asks for so many trials at the same moment as others, and puts their numbers into a queue."""
+    study = open_study("s", storage(name), {})
+    barrier.wait(DEADLINE)
+    taken.put([study.ask().number for _ in range(count)])
 
 
 class Drivers:
@@ -85,9 +97,9 @@ class Drivers:
 
     def __init__(self, name: str, total: int, count: int = 2, seconds: float = 0.05) -> None:
         self.study = open_study("s", storage(name), {})
-        self.processes = [
-            PROCESSES.Process(target=drive, args=(name, total, seconds), daemon=True) for _ in range(count)
-        ]
+        self._barrier = PROCESSES.Barrier(count)  # gone as soon as nobody here holds it
+        own = (name, total, seconds, self._barrier)
+        self.processes = [PROCESSES.Process(target=drive, args=own, daemon=True) for _ in range(count)]
         for process in self.processes:
             process.start()
 
@@ -120,15 +132,20 @@ class Drivers:
         """
         victim = self.processes[0]
         deadline = time.monotonic() + DEADLINE
+        owner, lost = None, []
         while time.monotonic() < deadline:
-            owner = self._named(victim.pid)
+            owner = owner or self._named(victim.pid)
             if owner and len(finished(self.study)) >= after and self.running(owner):
-                break
+                os.kill(victim.pid, signal.SIGSTOP)  # so that what was seen still holds
+                lost = self.running(owner)
+                if lost:
+                    break
+                os.kill(victim.pid, signal.SIGCONT)
             time.sleep(0.01)
         victim.kill()
         victim.join()
         self.processes.remove(victim)
-        begun, lost = time.monotonic(), self.running(owner)
+        begun = time.monotonic()
         while self.running(owner) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not self.running(owner)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 PROGRAMS = Path("/usr/lib/postgresql")
 _STARTING = 60.0
-_HASTE = ("-c", "fsync=off", "-c", "synchronous_commit=off")  # no test pulls the machine's plug
+_QUIET = ("-c", "listen_addresses=", "-c", "fsync=off")  # a socket alone; no test pulls the machine's plug
 
 
 def programs() -> Path | None:
@@ -24,8 +26,6 @@ def programs() -> Path | None:
 
 def _other_user() -> dict[str, Any]:
     """The server refuses to run as root: whom to run it as then."""
-    import os
-
     if os.geteuid() != 0:
         return {}
     names = {entry.pw_name for entry in pwd.getpwall()}
@@ -57,7 +57,7 @@ class Server:
             assert made.returncode == 0, made.stderr
             with (self.folder / "log").open("wb") as log:
                 self.process = subprocess.Popen(
-                    [programs / "postgres", "-D", data, "-k", self.folder, "-c", "listen_addresses=", *_HASTE],  # noqa: E501
+                    [programs / "postgres", "-D", data, "-k", self.folder, *_QUIET],
                     cwd=self.folder, stdout=log, stderr=log, **self._as,
                 )  # fmt: skip
             self.url = f"postgresql://moefit@/postgres?host={self.folder}"
@@ -78,7 +78,7 @@ class Server:
     def close(self) -> None:
         """Stops the server and removes its folder."""
         if self.process is not None:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGINT)  # a gentler one waits for clients to hang up
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:

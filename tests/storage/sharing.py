@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from search.drivers import OWNER
 from search.study import finished, open_study
-from tests.storage.drive import BASELINES, DEADLINE, PROCESSES, Drivers, first_look, storage
+from tests.storage.drive import BASELINES, DEADLINE, PROCESSES, Drivers, first_look, storage, take
 
 
 def check(name: str, total: int, drivers: int) -> list[FrozenTrial]:
@@ -60,10 +61,26 @@ def survived(name: str, total: int, count: int) -> tuple[int, float]:
 
 def opened_at_once(name: str, count: int) -> None:
     """Processes open a storage that holds nothing yet, all at once; none may fail."""
+    _at_once(first_look, count, name)
+    assert open_study("s", storage(name), {"seed": 0}).user_attrs["identity"] == {"seed": 0}
+
+
+def taken_at_once(name: str, count: int, each: int = 25) -> None:
+    """Processes ask for enqueued trials, all at once; none may be given to two."""
+    study = open_study("s", storage(name), {})
+    for _ in range(count * each):
+        study.enqueue_trial({})
+    queue = PROCESSES.Queue()
+    _at_once(take, count, name, each, after=(queue,))
+    numbers = [number for _ in range(count) for number in queue.get(timeout=DEADLINE)]
+    assert sorted(numbers) == list(range(count * each))
+
+
+def _at_once(work: Callable[..., None], count: int, *args: Any, after: tuple[Any, ...] = ()) -> None:
+    """Runs work(*args, barrier, *after) in so many processes."""
     barrier = PROCESSES.Barrier(count)
-    processes = [
-        PROCESSES.Process(target=first_look, args=(name, barrier), daemon=True) for _ in range(count)
-    ]
+    own = (*args, barrier, *after)
+    processes = [PROCESSES.Process(target=work, args=own, daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -72,4 +89,3 @@ def opened_at_once(name: str, count: int) -> None:
     for process in processes:
         process.kill()
     assert codes == [0] * count
-    assert open_study("s", storage(name), {"seed": 0}).user_attrs["identity"] == {"seed": 0}

@@ -14,7 +14,7 @@ from search.study import finished, open_storage
 from spaces.errors import UserError
 from tests.faults.commands import Command, arguments, short_texts
 from tests.storage.postgresql import Server, programs
-from tests.storage.sharing import opened_at_once, shared, survived
+from tests.storage.sharing import opened_at_once, shared, survived, taken_at_once
 
 slow = pytest.mark.slow
 
@@ -49,6 +49,11 @@ def test_two_drivers_make_exactly_the_trials_that_were_wanted(url: str) -> None:
 @slow
 def test_a_new_database_is_opened_by_several_at_once(url: str) -> None:
     opened_at_once(url, 4)
+
+
+@slow
+def test_an_enqueued_trial_is_given_to_one_driver(url: str) -> None:
+    taken_at_once(url, 3)
 
 
 @slow

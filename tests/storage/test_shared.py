@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.storage.sharing import opened_at_once, shared, survived
+from tests.quick_disk import quick_folder
+from tests.storage.sharing import opened_at_once, shared, survived, taken_at_once
 
 KINDS = ("flock:{}/study.journal", "lockfile:{}/study.journal", "sqlite:///{}/study.db")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where the system has such a place: what is tested is who writes when, not the disk."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
-        yield tmp_path
-        return
-    made = Path(tempfile.mkdtemp(dir=memory))
-    yield made
-    shutil.rmtree(made)
+    with quick_folder(tmp_path) as made:
+        yield made
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,6 +30,11 @@ def test_a_new_storage_is_opened_by_several_at_once(kind: str, folder: Path) -> 
     opened_at_once(kind.format(folder), 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_enqueued_trial_is_given_to_one_driver(kind: str, folder: Path) -> None:
+    taken_at_once(kind.format(folder), 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,4 +45,5 @@ def test_a_killed_drivers_trials_are_taken_over_at_once(
     name = kind.partition(":")[0]
     told = f"kill -9 of one of {count} drivers of one study ({name}), with {lost} trials running"
     record_property("fault", json.dumps({"fault": told, "injected": 1, "lost": 0, "seconds": seconds}))
-    assert seconds < 10
+    # Optuna's lock file outlives its holder, and is broken after 30 s.
+    assert seconds < (45 if name == "lockfile" else 10)
