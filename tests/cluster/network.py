@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 6399
-_HIDDEN = ("spaces", "compression", "evaluators", "search", "experiments", "tests")
+_TEMPORARY = ("/tmp", "/dev/shm", "/var/tmp")
+_SOURCES = ("spaces", "compression", "evaluators", "search", "experiments", "tests")
 
 
 def _sh(*command: str) -> str:
@@ -26,6 +27,9 @@ def _sh(*command: str) -> str:
 
 def refusal() -> str | None:
     """Why this computer cannot make machines; None where it can."""
+    for needed in (ROOT, Path(sys.prefix)):
+        if any(needed.is_relative_to(path) for path in _TEMPORARY):
+            return f"{needed} is below a temporary folder, which a second machine must not see"
     try:
         _sh("unshare", "-n", "-m", "sh", "-c", "mount -t tmpfs tmpfs /tmp && ip link set lo up")
         _sh("ip", "netns", "add", "moefit-probe")
@@ -70,7 +74,7 @@ class Machines:
     ) -> subprocess.Popen[bytes]:
         """Starts a command on a machine; `private` hides the temporary folders and the source tree."""
         before = "mount --make-rprivate /; "
-        for path in ("/tmp", "/dev/shm", "/var/tmp", *(str(ROOT / name) for name in _HIDDEN)):
+        for path in (*_TEMPORARY, *(str(ROOT / name) for name in _SOURCES)):
             before += f"mount -t tmpfs tmpfs {path} && "
         shell = (before if private else "") + 'exec "$@"'
         inside = ["ip", "netns", "exec", self.names[machine], "unshare", "-m", "sh", "-c", shell, "sh"]
