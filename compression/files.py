@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)
 _FOREIGN = f"(os error {errno.ENOSPC})"  # how the tokenizers library, which is Rust, tells of a full disk
 
@@ -55,6 +57,23 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if _FOREIGN in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def read_part(path: Path, offset: int, size: int) -> np.ndarray:
+    """Some bytes of a file, as uint8; fewer where it ends before.
+
+    Not mapped, as a process ends without a word where a mapped file cannot be read or got shorter.
+
+    Raises:
+        OSError: It cannot be read; with the file's name.
+    """
+    out = np.empty(size, np.uint8)
+    done = 0
+    with naming(path), path.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        while done < size and (count := stream.readinto(out[done:].data)):
+            done += count
+    return out[:done]
 
 
 def write_text(path: Path, text: str) -> None:

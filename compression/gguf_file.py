@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from compression.files import read_part
 from compression.ggml import dequantize
 from spaces.errors import UserError
 from spaces.gguf_layout import Value
@@ -78,24 +79,32 @@ class GgufFile:
             raise UserError(f"{self.path}: has no tensor {name!r}; is it of another model?")
         return self.tensors[name]
 
-    def raw(self, name: str, rows: Sequence[int] | None = None) -> np.ndarray:
-        """The stored blocks, (..., row bytes) uint8, mapped read-only.
-
-        Args:
-            name: Tensor.
-            rows: Indices on the first axis to keep, in this order; the result is then a copy.
+    def raw(self, name: str, index: int | None = None) -> np.ndarray:
+        """The stored blocks, (..., row bytes) uint8; of one index of the first axis without that axis.
 
         Raises:
-            UserError: No such tensor, or the file got shorter since it was opened.
+            UserError: As `part`.
         """
         t = self.tensor(name)
-        shape = (*t.shape[:-1], t.row_bytes)
+        if index is None:
+            return self.part(name, 0, t.size).reshape(*t.shape[:-1], t.row_bytes)
+        size = t.size // t.shape[0]
+        return self.part(name, index * size, size).reshape(*t.shape[1:-1], t.row_bytes)
+
+    def part(self, name: str, start: int, size: int) -> np.ndarray:
+        """(size,) uint8 of the stored bytes of a tensor, from byte `start` of it on.
+
+        Raises:
+            UserError: No such tensor, or the file cannot be read or got shorter since it was opened.
+        """
+        t = self.tensor(name)
         try:
-            # Mapped anew each time: what a mapping has read counts as this process's memory while it lives.
-            data = np.memmap(t.file, np.uint8, "r", t.offset, shape)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{t.file}: changed while it was being read ({error}); start again") from error
-        return data if rows is None else data[list(rows)]
+            data = read_part(t.file, t.offset + start, size)
+        except OSError as error:
+            raise UserError(f"{t.file}: cannot be read ({error.strerror}); check the disk") from error
+        if len(data) != size:
+            raise UserError(f"{t.file}: ended early, so it changed while it was being read; start again")
+        return data
 
     def float32(self, name: str, index: int | None = None) -> np.ndarray:
         """The weights, dequantized; whether they are finite is for the caller to check.
@@ -115,8 +124,7 @@ class GgufFile:
             raise UserError(f"{t.file}: tensor {name!r} is {t.type_name}, no type for weights")
         if index is not None and len(t.shape) < 2:
             raise ValueError(f"{name} has one axis, so no slices of it can be dequantized")
-        data = self.raw(name)
-        return dequantize(data if index is None else data[index], t.type_name)
+        return dequantize(self.raw(name, index), t.type_name)
 
 
 def _integer(metadata: Mapping[str, Value], key: str) -> int | None:

@@ -133,11 +133,11 @@ def _blocks(
     source: GgufFile, tensor: Tensor, index: int | None, part: slice, wanted: str, squares: np.ndarray | None
 ) -> np.ndarray:
     """Some rows of a tensor, or of one of its slices on the first axis, in type `wanted`."""
-    # Mapped for these rows only: what has been read of a mapping counts as memory while it lives.
-    data = source.raw(tensor.name)
-    if index is not None:
-        data = data.reshape(tensor.shape[0], -1)[index]  # of one axis, an expert is part of a row
-    rows = data.reshape(-1, min(data.size, source.tensors[tensor.name].row_bytes))[part]
+    stored = source.tensors[tensor.name]
+    size = stored.size if index is None else stored.size // tensor.shape[0]
+    width = min(size, stored.row_bytes)  # of one axis, an expert is part of a row
+    begin = (index or 0) * size + part.start * width
+    rows = source.part(tensor.name, begin, (part.stop - part.start) * width).reshape(-1, width)
     if wanted == tensor.fixed_type:
         return rows
     try:

@@ -40,11 +40,10 @@ def check_file(path: Path, model: StoredModel, candidate: Candidate) -> None:
         stored = file.tensor(info.name)
         if stored.shape != info.shape or stored.info.type_id != info.type_id:
             raise UserError(f"{path}: {info.name} is {stored.type_name} of {stored.shape}; {again}")
-        data = file.raw(info.name).reshape(-1)
         start = 0
         for piece in tensor_data(model, candidate, info.name):
             expected = np.ascontiguousarray(piece).view(np.uint8).reshape(-1)
-            if not np.array_equal(data[start : start + len(expected)], expected):
+            if not np.array_equal(file.part(info.name, start, len(expected)), expected):
                 source = "the bank" if inventory.by_name[info.name].quantizable else "the checkpoint"
                 raise UserError(f"{path}: {info.name} has other bytes than {source}; {again}")
             start += len(expected)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compression.files import read_part
 from spaces.errors import MALFORMED, UserError
 from spaces.json_text import parse_once
 
@@ -119,9 +120,9 @@ def read_raw(entry: Entry, index: int | None = None) -> np.ndarray:
         offset += index * math.prod(shape) * _WIDTHS[entry.kind]
     count = math.prod(shape) * _WIDTHS[entry.kind]
     try:
-        data = np.fromfile(entry.file, np.uint8, count, offset=offset)
+        data = read_part(entry.file, offset, count)
     except OSError as error:
-        raise UserError(f"{entry.file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{entry.file}: cannot be read ({error.strerror}); check the disk") from error
     if len(data) != count:
         raise UserError(f"{entry.file}: ended early; was it changed while it was read?")
     return data.reshape(*shape, _WIDTHS[entry.kind])

@@ -21,7 +21,7 @@ import numpy as np
 
 from compression import ggml
 from compression.error_feedback import damage, quantize_with_feedback
-from compression.files import atomic
+from compression.files import atomic, naming
 from spaces.errors import UserError
 from spaces.inventory import Tensor
 from spaces.quant_types import IGNORES_IMATRIX, quant_type
@@ -146,7 +146,7 @@ class VariantBank:
         path = self.path(key)
         if not path.exists():
             return None
-        with path.open("rb") as stream:
+        with naming(path), path.open("rb") as stream:
             head = stream.read(_HEADER.size)
             left = stream.seek(0, os.SEEK_END) - len(head)
         if len(head) < _HEADER.size:
@@ -213,14 +213,12 @@ class VariantBank:
         if self.remote is not None and not path.exists():
             self.remote.fetch(path)
         try:
-            raw = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); run the search again") from error
-        head = raw[: _HEADER.size].tobytes()
-        magic, digest, size, _ = _HEADER.unpack(head) if len(head) == _HEADER.size else (b"", b"", 0, 0.0)
-        payload = raw[_HEADER.size :]
-        whole = magic == _MAGIC and len(payload) == size == tensor.bytes(type_name)
-        if not whole or (key not in self._checked and hashlib.sha256(payload.data).digest() != digest):
+            size = path.stat().st_size - _HEADER.size
+            # Read before it is mapped, as a process ends without a word where a mapped file cannot be.
+            whole = size == tensor.bytes(type_name) and (key in self._checked or _holds(path))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); run the search again") from error
+        if not whole:
             with suppress(OSError):  # the disk may be read-only
                 path.unlink()
             raise UserError(
@@ -228,7 +226,8 @@ class VariantBank:
                 "makes it anew"
             )
         self._checked.add(key)
-        blocks = payload.reshape(*tensor.shape[:-1], quant_type(type_name).row_bytes(tensor.row))
+        shape = (*tensor.shape[:-1], quant_type(type_name).row_bytes(tensor.row))
+        blocks = np.memmap(path, np.uint8, "r", _HEADER.size, shape)
         if self.keep:
             self._open[name] = blocks
         return blocks
@@ -237,12 +236,20 @@ class VariantBank:
 def sound(path: Path) -> bool:
     """Whether a file is a whole variant whose checksum holds."""
     try:
-        with path.open("rb") as stream:
-            magic, digest, size, _ = _HEADER.unpack(stream.read(_HEADER.size))
-            found = hashlib.file_digest(stream, "sha256").digest()
-            return bool(magic == _MAGIC and stream.tell() == _HEADER.size + size and found == digest)
-    except (OSError, struct.error):
+        return _holds(path)
+    except OSError:
         return False
+
+
+def _holds(path: Path) -> bool:
+    """As `sound`; raises OSError where the file cannot be read."""
+    with path.open("rb") as stream:
+        head = stream.read(_HEADER.size)
+        if len(head) != _HEADER.size:
+            return False
+        magic, digest, size, _ = _HEADER.unpack(head)
+        found = hashlib.file_digest(stream, "sha256").digest()
+        return bool(magic == _MAGIC and stream.tell() == _HEADER.size + size and found == digest)
 
 
 def variant_key(

@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from compression.files import write_text
 from search.commands import exhausted
 from search.results import tensor_types
+from search.tracking_database import make_database
 from search.tracking_view import VIEW_KEY, saved_view
 from search.trial_row import row
 from spaces.candidate import Candidate
@@ -312,6 +313,7 @@ def _client(uri: str) -> Any:
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     _answers(uri)
+    make_database(uri)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

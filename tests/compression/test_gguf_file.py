@@ -63,12 +63,11 @@ def _check(file: GgufFile) -> None:
         raw = file.raw(name)
         assert (file.tensors[name].type_name, file.tensors[name].shape) == (type_name, weights[name].shape)
         assert file.tensors[name].size == raw.nbytes
-        assert not raw.flags.writeable
         np.testing.assert_array_equal(raw, expected)
         np.testing.assert_array_equal(file.float32(name), dequantize(expected, type_name))
         if raw.ndim > 1:
             last = len(raw) - 1
-            np.testing.assert_array_equal(file.raw(name, [last, 0]), expected[[last, 0]])
+            np.testing.assert_array_equal(file.raw(name, last), expected[last])
             np.testing.assert_array_equal(file.float32(name, last), dequantize(expected[last], type_name))
 
 
@@ -152,5 +151,6 @@ def test_a_file_cut_after_it_was_opened_is_a_user_error(tmp_path: Path) -> None:
     file = GgufFile.open(_write(tmp_path / "model.gguf", list(TYPES), {}))
     os.truncate(file.path, 700)
     refused(lambda: file.float32("six"), file.path, "changed while it was being read")
+
     file.path.unlink()
-    refused(lambda: file.raw("one"), file.path, "changed while it was being read")
+    refused(lambda: file.raw("one"), file.path, "cannot be read")

@@ -87,11 +87,11 @@ class Command:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """kill -9 of the driver alone; what it started has to end by itself, soon."""
+        """kill -9 of the driver alone; what it started has to end by itself, Ray's agents some time later."""
         family = self.family()
         self.process.kill()
         self.process.wait()
-        _, left = psutil.wait_procs(family, timeout=20)
+        _, left = psutil.wait_procs(family, timeout=60)
         assert not left, f"outlived their driver: {[p.cmdline() for p in left]}"
 
     def end(self) -> None:

@@ -54,22 +54,27 @@ def same(out: Path, undisturbed: Path) -> None:
     assert not leftovers(out / "winner")
 
 
-def kill_driver(command: Command, rng: random.Random) -> None:
+Kill = Callable[[Command, random.Random], bool]
+"""Kills a process of a search; says whether there was one."""
+
+
+def kill_driver(command: Command, rng: random.Random) -> bool:
     command.kill()
+    return True
 
 
-def kill_worker(command: Command, rng: random.Random) -> None:
+def kill_worker(command: Command, rng: random.Random) -> bool:
     workers = command.called("ray::")
     if workers:
         rng.choice(workers).kill()
+    return bool(workers)
 
 
-def kill_raylet(command: Command, rng: random.Random) -> None:
-    for raylet in command.called("raylet"):
+def kill_raylet(command: Command, rng: random.Random) -> bool:
+    raylets = command.called("raylet")
+    for raylet in raylets:
         raylet.kill()
-
-
-Kill = Callable[[Command, random.Random], None]
+    return bool(raylets)
 
 
 def disturbed(
@@ -86,9 +91,10 @@ def disturbed(
             deadline = time.monotonic() + moment
             while command.lives() and time.monotonic() < deadline:
                 time.sleep(0.05)
+            while command.lives() and not kill(command, rng):
+                time.sleep(0.01)
             if command.process.poll() == 0:
                 break  # it was done before
-            kill(command, rng)
             begun, before = time.monotonic(), newest(folder / "out")
             settle = begun + 15.0
             while command.lives() and newest(folder / "out") == before and time.monotonic() < settle:
