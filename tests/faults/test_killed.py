@@ -64,7 +64,8 @@ def kill_driver(command: Command, rng: random.Random) -> bool:
 
 
 def kill_worker(command: Command, rng: random.Random) -> bool:
-    workers = command.called("ray::")
+    agents = {p.pid for p in command.called("Agent")}
+    workers = [p for p in command.called("ray::") if p.pid not in agents]
     if workers:
         rng.choice(workers).kill()
     return bool(workers)
