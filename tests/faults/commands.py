@@ -106,6 +106,16 @@ class Command:
         return self.log.read_text("utf-8", errors="replace")
 
 
+def finish(arguments: Sequence[str], log: Path) -> float:
+    """Runs a search to its end; returns the seconds it took."""
+    command = Command(arguments, log)
+    try:
+        assert command.wait() == 0, command.output()[-3000:]
+    finally:
+        command.end()
+    return time.monotonic() - command.started
+
+
 def trials(out: Path) -> list[tuple[Any, ...]]:
     """What the finished trials are, but for numbers and times."""
     import optuna

@@ -12,7 +12,8 @@ import pytest
 
 from compression.files import atomic, write_text
 from search.commands import outside_failure
-from tests.faults.commands import Command, arguments, leftovers, short_texts, trials, winner
+from tests.faults.commands import Command, arguments, finish, leftovers, trials, winner
+from tests.faults.conftest import Texts, Undisturbed
 from tests.faults.disks import enlarge, fill, small_disk
 
 LARGE = 400 * 2**20
@@ -41,24 +42,6 @@ def test_a_file_that_has_no_room_is_named_and_does_not_exist(write: str, tmp_pat
         assert "free space" in line
         assert [p for p in disk.rglob("*") if p.is_file()] == [path]
         assert path.read_text() == "before"
-
-
-@pytest.fixture(scope="module")
-def short(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return short_texts(texts, tmp_path_factory.mktemp("short"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tiny_checkpoint: Path, short: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    command = Command(arguments(tiny_checkpoint, short, folder / "out", 0), folder / "log")
-    try:
-        assert command.wait(PATIENCE) == 0, command.output()[-3000:]
-    finally:
-        command.end()
-    return folder / "out"
 
 
 def told_trials(out: Path) -> int:
@@ -93,11 +76,12 @@ def ends_in_one_line(command: Command, disk: Path) -> str:
 def test_a_search_goes_on_when_there_is_room_again(
     moment: str,
     tiny_checkpoint: Path,
-    short: tuple[Path, Path],
-    undisturbed: Path,
+    short: Texts,
+    undisturbed: Undisturbed,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
+    expected, _ = undisturbed(0, "none")
     with small_disk(tmp_path / "disk", LARGE) as disk:
         out = tmp_path / "out" if moment == "tracking" else disk / "out"
         options = arguments(tiny_checkpoint, short, out, 0)
@@ -117,14 +101,9 @@ def test_a_search_goes_on_when_there_is_room_again(
         assert not leftovers(tmp_path)
         known = trials(out) if moment in ("trials", "export", "tracking") else []
         enlarge(disk, 2 * LARGE)
-        again = Command(options, tmp_path / "second.log")
-        try:
-            assert again.wait(PATIENCE) == 0, again.output()[-3000:]
-        finally:
-            again.end()
-        seconds = time.monotonic() - again.started
-        assert trials(out) == trials(undisturbed)
-        assert known == trials(undisturbed)[: len(known)]
-        assert winner(out) == winner(undisturbed)
+        seconds = finish(options, tmp_path / "second.log")
+        assert trials(out) == trials(expected)
+        assert known == trials(expected)[: len(known)]
+        assert winner(out) == winner(expected)
     fault = {"fault": f"disk full during {moment}", "injected": 1, "lost": 0, "seconds": round(seconds, 1)}
     record_property("fault", json.dumps(fault))

@@ -7,50 +7,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.faults.commands import Command, arguments, leftovers, logged, short_texts, trials, winner
-
-Texts = tuple[Path, Path]
-
-
-def run_to_the_end(arguments: list[str], log: Path) -> float:
-    """Seconds it took."""
-    command = Command(arguments, log)
-    try:
-        assert command.wait() == 0, command.output()[-3000:]
-    finally:
-        command.end()
-    return time.monotonic() - command.started
+from tests.faults.commands import Command, arguments, leftovers, logged, trials, winner
+from tests.faults.conftest import Texts, Undisturbed
 
 
-@pytest.fixture(scope="module")
-def short(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    return short_texts(texts, tmp_path_factory.mktemp("short"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tiny_checkpoint: Path, short: Texts, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int, str], tuple[Path, float]]:
-    """By workers and repairs: the folder of a search nothing happened to, and the seconds it took."""
-
-    @cache
-    def of(workers: int, repair: str) -> tuple[Path, float]:
-        folder = tmp_path_factory.mktemp("undisturbed")
-        options = arguments(tiny_checkpoint, short, folder / "out", workers, repair)
-        return folder / "out", run_to_the_end(options, folder / "log")
-
-    return of
-
-
-def same(out: Path, undisturbed: Path) -> None:
-    assert trials(out) == trials(undisturbed)
-    assert winner(out) == winner(undisturbed)
-    assert logged(out) == list(range(len(trials(undisturbed))))
+def same(out: Path, expected: Path) -> None:
+    assert trials(out) == trials(expected)
+    assert winner(out) == winner(expected)
+    assert logged(out) == list(range(len(trials(expected))))
     assert not leftovers(out / "winner")
 
 
@@ -127,7 +95,7 @@ def newest(out: Path) -> float:
 
 
 def test_a_search_killed_while_it_runs_ends_as_an_undisturbed_one(
-    undisturbed: Callable[[int, str], tuple[Path, float]], tiny_checkpoint: Path, short: Texts, tmp_path: Path
+    undisturbed: Undisturbed, tiny_checkpoint: Path, short: Texts, tmp_path: Path
 ) -> None:
     expected, seconds = undisturbed(0, "none")
     options = arguments(tiny_checkpoint, short, tmp_path / "out", 0)
@@ -152,7 +120,7 @@ def test_kills_at_random_moments_change_nothing(
     workers: int,
     repair: str,
     times: int,
-    undisturbed: Callable[[int, str], tuple[Path, float]],
+    undisturbed: Undisturbed,
     tiny_checkpoint: Path,
     short: Texts,
     tmp_path: Path,

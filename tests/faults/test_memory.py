@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 
 from search.commands import outside_failure
 from search.options import REFERENCE_MODEL
-from tests.faults.commands import ROOT, Command, arguments, short_texts
+from tests.faults.commands import ROOT, Command, arguments, finish, trials, winner
+from tests.faults.conftest import Texts, Undisturbed
 
 FACTOR = 1.5
 """How far the plan may be from the peak, either way."""
@@ -58,11 +58,11 @@ def test_an_allocation_that_fails_is_told_in_one_line() -> None:
 @pytest.mark.timeout(1200)
 def test_a_worker_without_memory_ends_the_search_which_goes_on(
     tiny_checkpoint: Path,
-    texts: tuple[Path, Path],
+    short: Texts,
+    undisturbed: Undisturbed,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    short = short_texts(texts, tmp_path)
     options = arguments(tiny_checkpoint, short, tmp_path / "out", 0)
     broken = Command(options, tmp_path / "first.log", "tests.faults.no_memory_run")
     try:
@@ -72,11 +72,9 @@ def test_a_worker_without_memory_ends_the_search_which_goes_on(
     (line,) = [row for row in broken.output().splitlines() if row.startswith("error:")]
     assert "out of memory" in line
     assert "Traceback" not in broken.output()
-    again = Command(options, tmp_path / "second.log")
-    try:
-        assert again.wait(500) == 0, again.output()[-3000:]
-    finally:
-        again.end()
-    seconds = round(time.monotonic() - again.started, 1)
+    seconds = round(finish(options, tmp_path / "second.log"), 1)
+    expected, _ = undisturbed(0, "none")
+    assert trials(tmp_path / "out") == trials(expected)
+    assert winner(tmp_path / "out") == winner(expected)
     fault = {"fault": "out of memory in a trial", "injected": 1, "lost": 0, "seconds": seconds}
     record_property("fault", json.dumps(fault))

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from compression.files import read_part
-from tests.faults.commands import Command, arguments, leftovers, short_texts, trials, winner
-
-Texts = tuple[Path, Path]
+from tests.faults.commands import Command, arguments, finish, leftovers, trials, winner
+from tests.faults.conftest import Texts, Undisturbed
 
 SOURCE = r"""
 #define _GNU_SOURCE
@@ -69,22 +68,6 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.fixture(scope="module")
-def short(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    return short_texts(texts, tmp_path_factory.mktemp("short"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_checkpoint: Path, short: Texts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    command = Command(arguments(tiny_checkpoint, short, out, 0), out.with_name("log"))
-    try:
-        assert command.wait() == 0, command.output()[-3000:]
-    finally:
-        command.end()
-    return out
-
-
 def stopped_when(ready: Callable[[], bool], options: list[str], log: Path) -> None:
     """Runs a search until then, and kills it."""
     command = Command(options, log)
@@ -105,7 +88,7 @@ def test_a_search_goes_on_when_a_file_can_be_read_again(
     shim: Path,
     tiny_checkpoint: Path,
     short: Texts,
-    undisturbed: Path,
+    undisturbed: Undisturbed,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
@@ -139,13 +122,9 @@ def test_a_search_goes_on_when_a_file_can_be_read_again(
     assert "Traceback" not in output
     assert file.exists()
     assert kind in ("the calibration", "the bank") or not leftovers(tmp_path)  # these were killed before
-    again = Command(options, tmp_path / "again")
-    try:
-        assert again.wait() == 0, again.output()[-3000:]
-    finally:
-        again.end()
-    seconds = round(time.monotonic() - again.started, 1)
-    assert trials(out) == trials(undisturbed)
-    assert winner(out) == winner(undisturbed)
+    seconds = round(finish(options, tmp_path / "again"), 1)
+    expected, _ = undisturbed(0, "none")
+    assert trials(out) == trials(expected)
+    assert winner(out) == winner(expected)
     fault = {"fault": f"read error of {kind}", "injected": 1, "lost": 0, "seconds": seconds}
     record_property("fault", json.dumps(fault))
