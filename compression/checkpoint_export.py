@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from compression import ggml
 from compression.checkpoint import Checkpoint, load_tokenizer
 from compression.families import family
-from compression.files import naming
+from compression.files import locked_folder, naming, remove_parts
 from compression.gguf_export import tensor_data
 from compression.safetensors_file import Entry, read, read_header, read_raw
 from compression.safetensors_writer import Item, write
@@ -57,8 +56,8 @@ def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Chec
     _check_replaceable(path)
     candidate.validate(model.inventory, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    remove_parts(path.parent, path.name)
+    with locked_folder(path) as folder:
         with naming(path / WEIGHTS), (folder / WEIGHTS).open("wb") as stream:
             items = [_item(model, candidate, info) for info in model.inventory.infos(candidate.plan)]
             write(stream, items, {"format": "moefit"})
@@ -69,14 +68,15 @@ def export_checkpoint(model: StoredModel, candidate: Candidate, checkpoint: Chec
             _write_tokenizer(checkpoint, folder)
         folder.chmod(0o755)
         if path.is_dir():
-            old = folder.with_name(folder.name + ".old")
-            os.replace(path, old)
-            os.replace(folder, path)
-            shutil.rmtree(old)
+            with locked_folder(path) as old:
+                os.replace(path, old)
+                try:
+                    os.replace(folder, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
         else:
             os.replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return (path / WEIGHTS).stat().st_size
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+_PART = ".part"
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None)
 _FOREIGN = f"(os error {errno.ENOSPC})"  # how the tokenizers library, which is Rust, tells of a full disk
 
@@ -24,14 +29,67 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         OSError: The disk is full or failing; it names `path`, which is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    with locked_part(path) as (temporary, stream):
+        yield stream
+        stream.close()
+        os.replace(temporary, path)
+
+
+@contextmanager
+def locked_part(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A file beside `path` to be given that name, opened to be written; removed at the end of the block.
+
+    Its writer holds it locked, so that `remove_parts` can tell what a killed process left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{_PART}")
     try:
-        with naming(path, temporary):
-            with temporary.open("wb") as stream:
-                yield stream
-            os.replace(temporary, path)
+        with naming(path, temporary), _open_locked(temporary) as stream:
+            yield temporary, stream
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    while True:
+        stream = path.open("wb")
+        with suppress(OSError):  # a disk without locks, where nobody else removes parts either
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        if path.exists():
+            return stream
+        stream.close()  # somebody removed it between the two
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[Path]:
+    """As `locked_part`, of a folder; its files belong to nobody else."""
+    folder = Path(tempfile.mkdtemp(_PART, f".{path.name}.", path.parent))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_parts(folder: Path, of: str | None = None) -> None:
+    """Removes what killed processes left unfinished.
+
+    Args:
+        folder: Files and folders below it.
+        of: Only those right in the folder that were to become a file of this name.
+    """
+    left = folder.rglob(f".*{_PART}") if of is None else folder.glob(f".{glob.escape(of)}.*{_PART}")
+    for path in [*left]:
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # SQLite's
+            finally:
+                os.close(handle)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compression.checkpoint import Checkpoint
-from compression.files import atomic
+from compression.files import atomic, remove_parts
 from compression.stored_model import StoredModel
 from compression.tokenizer import gguf_tokenizer
 from spaces.candidate import Candidate
@@ -89,6 +89,7 @@ def export_gguf(
         )
     inventory = model.inventory
     infos = inventory.infos(candidate.plan)
+    remove_parts(path.parent, path.name)
     with atomic(path) as stream:
         stream.write(header(inventory.plan_metadata(candidate.plan), infos))
         for info in infos:

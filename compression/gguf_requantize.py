@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compression.files import atomic
+from compression.files import atomic, remove_parts
 from compression.ggml import dequantize, quantize
 from compression.gguf_candidate import check_candidate
 from compression.gguf_file import GgufFile
@@ -64,6 +64,7 @@ def requantize(
     _check_place(source, out, size)
     infos = inventory.infos(candidate.plan)
     experts, types = {m.layer: m.experts for m in candidate.layers}, dict(candidate.types)
+    remove_parts(out.parent, out.name)
     with atomic(out) as stream, ThreadPoolExecutor(threads) as pool:
         stream.write(header(inventory.plan_metadata(candidate.plan), infos))
         for info, tensor in zip(infos, inventory.tensors, strict=True):

@@ -6,7 +6,8 @@ The seal of FILE lies beside it as FILE.seal, JSON of
     bytes, sha256   of FILE
     made_of  what the content hangs on, by name: {"model": fingerprint, "quantizer": version, ...}
 
-A file is written first, its seal after it: one that a crash left without a seal is not used.
+A large file is written first, its seal after it: one that a crash left without a seal is not used. Of
+texts, which another driver may look for at any moment, the seal is there first.
 """
 
 from __future__ import annotations
@@ -58,18 +59,23 @@ def seal(path: Path, made_of: Mapping[str, str]) -> None:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         size = stream.tell()
-    about = {"format": FORMAT, "bytes": size, "sha256": digest, "made_of": dict(made_of)}
     try:
-        write_text(_seal_file(path), json.dumps(about) + "\n")
+        _write_seal(path, size, digest, made_of)
     except OSError:
         path.unlink()
         raise
 
 
+def _write_seal(path: Path, size: int, digest: str, made_of: Mapping[str, str]) -> None:
+    about = {"format": FORMAT, "bytes": size, "sha256": digest, "made_of": dict(made_of)}
+    write_text(_seal_file(path), json.dumps(about) + "\n")
+
+
 def write(path: Path, text: str, made_of: Mapping[str, str]) -> None:
     """Writes a text file and its seal."""
+    raw = text.encode("utf-8")
+    _write_seal(path, len(raw), hashlib.sha256(raw).hexdigest(), made_of)
     write_text(path, text)
-    seal(path, made_of)
 
 
 def read(path: Path, made_of: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Every tensor in every GGUF type, quantized once.
 
-A variant is a file `<key>.q`: a header with the SHA-256 of the blocks, then the
-blocks. The key is a hash of all that decides them (checkpoint, tensor, type,
+A variant is a file `<key>.q`: a header with the SHA-256 of the blocks and a
+checksum of its own, then the blocks. The key is a hash of all that decides them (checkpoint, tensor, type,
 imatrix, quantizer version, error feedback), so a variant is never stale, and a
 search that was killed finds what it had finished.
 """
@@ -26,11 +26,12 @@ from spaces.errors import UserError
 from spaces.inventory import Tensor
 from spaces.quant_types import IGNORES_IMATRIX, quant_type
 
-_MAGIC = b"MFBANK1\0"
-_HEADER = struct.Struct("<8s32sQd8x")  # magic, SHA-256 of the blocks, their bytes, relative error
+_MAGIC = b"MFBANK2\0"
+_HEADER = struct.Struct("<8s32sQd8s")  # magic, SHA-256 of the blocks, their bytes, relative error, checksum
 HEADER_BYTES = _HEADER.size
 """Of a variant's file, before its blocks."""
 
+_CHECK = 8  # bytes of the checksum
 _FEEDBACK = " feedback 1"  # another number for another way of doing it
 _ROWS = 2**22  # weights quantized at once: bounds memory, and lets errors be summed on the way
 
@@ -147,12 +148,12 @@ class VariantBank:
         if not path.exists():
             return None
         with naming(path), path.open("rb") as stream:
-            head = stream.read(_HEADER.size)
-            left = stream.seek(0, os.SEEK_END) - len(head)
-        if len(head) < _HEADER.size:
+            about = _read_header(stream)
+            left = stream.seek(0, os.SEEK_END) - _HEADER.size
+        if about is None:
             return None
-        magic, _, size, error = _HEADER.unpack(head)
-        return float(error) if magic == _MAGIC and size == left else None
+        _, size, error = about
+        return error if size == left else None
 
     def _quantize(
         self,
@@ -189,7 +190,7 @@ class VariantBank:
                 errors[variant.type_name] = variant.error / max(energy, 1e-30)
                 variant.stream.seek(0)
                 variant.stream.write(
-                    _HEADER.pack(_MAGIC, variant.digest.digest(), variant.size, errors[variant.type_name])
+                    _header(variant.digest.digest(), variant.size, errors[variant.type_name])
                 )
         return errors
 
@@ -244,12 +245,26 @@ def sound(path: Path) -> bool:
 def _holds(path: Path) -> bool:
     """As `sound`; raises OSError where the file cannot be read."""
     with path.open("rb") as stream:
-        head = stream.read(_HEADER.size)
-        if len(head) != _HEADER.size:
+        about = _read_header(stream)
+        if about is None:
             return False
-        magic, digest, size, _ = _HEADER.unpack(head)
+        digest, size, _ = about
         found = hashlib.file_digest(stream, "sha256").digest()
-        return bool(magic == _MAGIC and stream.tell() == _HEADER.size + size and found == digest)
+        return stream.tell() == _HEADER.size + size and found == digest
+
+
+def _header(digest: bytes, size: int, error: float) -> bytes:
+    bare = _HEADER.pack(_MAGIC, digest, size, error, b"")[:-_CHECK]
+    return bare + hashlib.sha256(bare).digest()[:_CHECK]
+
+
+def _read_header(stream: IO[bytes]) -> tuple[bytes, int, float] | None:
+    """(SHA-256 of the blocks, their bytes, relative error); None where it is none, or damaged."""
+    head = stream.read(_HEADER.size)
+    if len(head) != _HEADER.size:
+        return None
+    _, digest, size, error, _ = _HEADER.unpack(head)
+    return (digest, size, error) if head == _header(digest, size, error) else None
 
 
 def variant_key(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from compression.child import run_module
-from compression.files import naming
+from compression.files import locked_folder, naming
 from evaluators.generations import Sampling
 from evaluators.shared_prefix import Item
 from spaces.errors import UserError
@@ -71,10 +71,10 @@ def file_logits(
         raise UserError(f"{path}: windows must be (n, length) token ids, got {windows.dtype} {windows.shape}")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the finished file only needs to be renamed.
-    with naming(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        np.save(Path(folder) / "windows.npy", windows)
-        _run_child(Path(folder), path, {"job": "logits", "threads": threads}, timeout)
-        os.replace(Path(folder) / "logits.npy", out)
+    with naming(out), locked_folder(out) as folder:
+        np.save(folder / "windows.npy", windows)
+        _run_child(folder, path, {"job": "logits", "threads": threads}, timeout)
+        os.replace(folder / "logits.npy", out)
     logits: np.memmap = np.load(out, mmap_mode="r")
     return logits
 

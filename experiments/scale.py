@@ -95,7 +95,7 @@ Searched directly at {BUDGET // 10**9} GB with {TRIALS} trials and 8 workers, al
 * A worker takes {format_size(plan.worker)} of memory: a layer in float32, the embedding and the output matrix. Quantization and
   export stay below 5 GB a process ([streaming](streaming.md)).
 * Compute is 2 FLOP for every weight that a token meets. Most of it is in the option costs, where {len(study.stages(8)[2].waves[0].jobs) + len(study.stages(8)[2].waves[1].jobs)} jobs measure 16
-  options each on 2,048 tokens, in trials, and in types whose quantizers search (IQ1_S, IQ2)."""
+  options each on 2,048 tokens, and in trials; quantization, where the types whose quantizers search take the most, is core hours without any."""
 
 
 def machines_text(plan: Plan) -> str:

@@ -18,6 +18,7 @@ _MORE_MEMORY = (
     "give fewer --workers, --stream yes or more memory, then run the same command again: it goes on where it "
     "was"
 )
+_SERVER_FULL = re.compile("No space left on device")
 _SQLITE_FULL = re.compile("disk is full|disk I/O error|unable to open database file")
 # torch's allocator has no error of its own.
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory")
@@ -63,7 +64,19 @@ def outside_failure(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno not in _REMEDIES:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; check the path, then run the same command again"
-    return exhausted(error)
+    return exhausted(error) or _storage_failure(error)
+
+
+def _storage_failure(error: BaseException | None) -> str | None:
+    """One line where a database failed, as one that is locked or whose server is gone, else None."""
+    while error is not None:
+        # By name, as commands that use no database should not load SQLAlchemy.
+        if type(error).__name__ in ("StorageInternalError", "OperationalError", "InterfaceError"):
+            cause = error.__cause__ or error
+            text = next(iter(str(cause).splitlines()), "")[:200]
+            return f"the study's storage failed ({text}); run the same command again: it goes on where it was"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def exhausted(error: BaseException | None) -> str | None:
@@ -78,6 +91,8 @@ def exhausted(error: BaseException | None) -> str | None:
         if isinstance(error, OSError) and error.errno in _REMEDIES:
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror or text}; {_REMEDIES[error.errno]}"
+        if type(error).__name__ == "OperationalError" and _SERVER_FULL.search(text):
+            return f"the study's storage: {text}; {_FULL}"
         if isinstance(error, sqlite3.OperationalError) and _SQLITE_FULL.search(text):
             return f"SQLite: {text}; {_FULL}"
         error = error.__cause__ or error.__context__

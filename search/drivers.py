@@ -10,19 +10,18 @@ goes on as if nothing had happened; among several, the first to fail a trial tri
 from __future__ import annotations
 
 import os
-import platform
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
+
+from search.processes import place, started
 
 BEAT = 15.0
 """Seconds between two beats."""
@@ -55,9 +54,10 @@ class Crew:
     ) -> None:
         self.study, self.lease, self._beat = study, lease, beat
         self.name = uuid.uuid4().hex[:12]
-        own = psutil.Process()
-        self._note = {"place": _place(), "pid": own.pid, "started": own.create_time(), "tracking": tracking}
+        pid = os.getpid()
+        self._note = {"place": place(), "pid": pid, "started": started(pid), "tracking": tracking}
         self._observed: dict[str, tuple[int, float]] = {}
+        self._beaten: set[str] = set()
         self._ownerless: dict[int, float] = {}
         self._stop = threading.Event()
         self._sign(0)
@@ -88,17 +88,27 @@ class Crew:
 
     def _lives(self, name: str, note: dict[str, Any]) -> bool:
         if note["place"] == self._note["place"]:
-            with suppress(psutil.Error):
-                process = psutil.Process(note["pid"])
-                # A number is given to a new process when the old one is gone.
-                return bool(abs(process.create_time() - note["started"]) < 1 and process.status() != "zombie")
-            return False
+            return started(note["pid"]) == note["started"]
         now = time.monotonic()
         beat, since = self._observed.setdefault(name, (note["beat"], now))
         if note["beat"] != beat:
             self._observed[name] = note["beat"], now
+            self._beaten.add(name)
             return True
         return now - since < self.lease
+
+    def unsure(self) -> bool:
+        """Whether running trials are of a driver that may be dead, as that of a machine started anew.
+
+        Who waits until that is known takes over what a dead one left, as it would have been.
+        """
+        unknown = {
+            name
+            for name, note in self.others().items()
+            if note["place"] != self._note["place"] and name not in self._beaten
+        }
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if unknown else ()
+        return any(t.user_attrs.get(OWNER) in unknown for t in running)
 
     def own(self, trial: optuna.Trial) -> None:
         """Notes a trial as this driver's."""
@@ -185,18 +195,8 @@ def unless_taken(trial: optuna.Trial) -> Iterator[None]:
     try:
         yield
     except (UpdateFinishedTrialError, ValueError):
-        state = trial.storage.get_trial(trial._trial_id).state
-        if state != TrialState.FAIL:
+        if not trial.storage.get_trial(trial._trial_id).state.is_finished():
             raise
-
-
-def _place() -> str:
-    """A machine since its last start, and the processes that can be seen there (containers see their own)."""
-    parts = [platform.node()]
-    for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with suppress(OSError):
-            parts.append(os.readlink(source) if source.endswith("pid") else Path(source).read_text().strip())
-    return " ".join(parts)
 
 
 def _continues(trial: optuna.Trial, frozen: FrozenTrial, distributions: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from compression import ggml
 from compression.calibration import Calibration
 from compression.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from compression.files import remove_parts
 from compression.gguf_export import with_tokenizer
 from compression.guards import warnings
 from evaluators.footprint import Footprint
@@ -26,7 +27,7 @@ from search.console import Stages, console, problem_table
 from search.costs import LEAN, STREAMED, CostModel
 from search.drivers import Crew
 from search.locks import alone
-from search.memory import make_plan
+from search.memory import Plan, make_plan
 from search.options import REFERENCE_MODEL, REFERENCE_NAME, SHIPPED_TEXTS, Options
 from search.outcome import finish
 from search.pool import Pool, make_pool, peak_memory
@@ -133,14 +134,13 @@ class Search:
                 f"{o.out}: holds a study of another model or other texts; give this search another "
                 "--study name or --out folder"
             )
-        plan = make_plan(
-            self.checkpoint.inventory, o.workers, o.stream, o.types,
-            elsewhere=o.ray_address is not None, fewer=o.fewer_workers,
-        )  # fmt: skip
+        plan = self._plan()
         storage = open_storage(o.storage, o.out / "study.journal")
         study = open_study(o.study, storage, self.identity(texts))
         stages.keep_texts(self.cache, texts, about)
         known = study.user_attrs.get("settings")
+        if known is not None and known["streamed"] != plan.stream:
+            plan = self._plan(known["streamed"])
         # Another driver's folder stands in them, as long as it is there to be opened.
         if known is None or known["out"] == str(o.out) or not Path(known["out"]).exists():
             study.set_user_attr("settings", self._settings() | {"streamed": plan.stream})
@@ -156,6 +156,13 @@ class Search:
         finally:
             crew.close()
             pool.close()
+
+    def _plan(self, begun: bool | None = None) -> Plan:
+        o = self.options
+        return make_plan(
+            self.checkpoint.inventory, o.workers, o.stream, o.types,
+            elsewhere=o.ray_address is not None, fewer=o.fewer_workers, begun=begun,
+        )  # fmt: skip
 
     def _check_tasks(self) -> None:
         """An unknown task is refused before the first stage, not after the last trial."""
@@ -187,20 +194,26 @@ class Running:
     crew: Crew
 
     def run(self) -> dict[str, Any]:
-        o, cache = self.search.options, self.search.cache
+        o = self.search.options
         inventory = self.search.checkpoint.inventory
         self.tracker = Tracker(
             self.study, o.tracking_uri, o.out, self._parameters(), inventory, self.crew.logged_elsewhere
         )
+        try:
+            return self._run()
+        finally:
+            self.tracker.close()  # before this driver signs off, as others log what it ran from then on
+
+    def _run(self) -> dict[str, Any]:
+        o, cache = self.search.options, self.search.cache
         self.stages = Stages(lambda: peak_memory(self.pool))
         with alone(cache / "stages.lock", "preparing the study"):
+            remove_parts(o.out)
             model = self._prepare()
         problem = self.search.problem
         self.allocator = Allocator(self.space, model, problem.carry, problem.budget.limit)
         book = SlopeBook(cache / "slopes")
-        self.study.sampler = make_sampler(
-            o.sampler, self.allocator, o.seed, book, begun=len(self.study.get_trials(deepcopy=False))
-        )
+        self.study.sampler = make_sampler(o.sampler, self.allocator, o.seed, book)
         self.runner = TrialRunner(
             self.study, self.allocator, self.pool,
             Footprint(problem.carry, problem.budget),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,19 @@ class FeasibleSampler(BaseSampler):
 
     Nearest means the fewest steps on the ladders of types and expert counts,
     squared and summed; the move is an exact knapsack too.
+
+    Every trial has a stream of random numbers of its own, so that neither a new start nor another driver
+    draws what was drawn before.
+
+    Args:
+        make: Makes the sampler with a seed.
+        allocator: Of the space.
+        seed: Of the study.
     """
 
-    def __init__(self, inner: BaseSampler, allocator: Allocator) -> None:
-        self.inner, self.allocator = inner, allocator
+    def __init__(self, make: Callable[[int], BaseSampler], allocator: Allocator, seed: int) -> None:
+        self.make, self.allocator, self.seed = make, allocator, seed
+        self.inner = make(seed)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -56,6 +65,7 @@ class FeasibleSampler(BaseSampler):
         return self.inner.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self.inner = self.make(int(np.random.SeedSequence((self.seed, trial.number)).generate_state(1)[0]))
         self.inner.before_trial(study, trial)
 
     def after_trial(

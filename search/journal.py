@@ -112,6 +112,7 @@ def file_system(path: Path) -> str:
     best, kind = -1, ""
     for mount in psutil.disk_partitions(all=True):
         root = Path(mount.mountpoint)
-        if place.is_relative_to(root) and len(root.parts) > best:
+        # Of several on one place, the last hides the others.
+        if place.is_relative_to(root) and len(root.parts) >= best:
             best, kind = len(root.parts), mount.fstype
     return kind

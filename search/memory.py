@@ -99,6 +99,7 @@ def make_plan(
     types: Sequence[str] = (),
     elsewhere: bool = False,
     fewer: bool = False,
+    begun: bool | None = None,
 ) -> Plan:
     """How many workers there are to be, and whether they stream, in the memory that is free.
 
@@ -109,12 +110,21 @@ def make_plan(
         types: The only types of a search; () for all.
         elsewhere: Whether workers are on other machines, of whose memory nothing is known here.
         fewer: Whether there may be fewer workers where they do not fit.
+        begun: Whether the study streamed where it was begun, as costs, slopes and repairs hang on it.
 
     Raises:
-        UserError: What was asked for does not fit.
+        UserError: What was asked for does not fit, or is not how the study was begun.
     """
     free = free_memory()
     ways = {"auto": [False, True], "yes": [True], "no": [False]}[stream]
+    if begun is not None:
+        if begun not in ways:
+            was = "yes" if begun else "no"
+            raise UserError(
+                f"--stream {stream}: the study was begun with {was}, and its trials hang on that; leave the "
+                "option out, or give another --study"
+            )
+        ways = [begun]
     counts = range(workers, 0, -1) if fewer else [workers]
     for way in ways:
         for count in counts:
@@ -123,7 +133,7 @@ def make_plan(
                 return Plan(count, way, _cache(inventory, count, way, types, free))
     if elsewhere:
         return Plan(workers, ways[0], 0)
-    raise UserError(_too_little(inventory, workers, ways, free))
+    raise UserError(_too_little(inventory, workers, ways, free, begun is None))
 
 
 def _fits(inventory: Inventory, workers: int, stream: bool, free: int) -> bool:
@@ -154,8 +164,8 @@ def _say(inventory: Inventory, wanted: int, workers: int, streamed: bool, free: 
         console.print(f"{format_size(free)} are free: {workers} workers instead of {wanted}, one per core")
 
 
-def _too_little(inventory: Inventory, workers: int, ways: Sequence[bool], free: int) -> str:
-    """What is missing, and what would fit instead."""
+def _too_little(inventory: Inventory, workers: int, ways: Sequence[bool], free: int, new: bool) -> str:
+    """What is missing, and what would fit instead; only a new study may become a streamed one."""
     needed = min(run_bytes(inventory, workers, way) for way in ways)
     limit = address_space()
     least = min(worker_bytes(inventory, way) for way in ways) + _ADDRESSES
@@ -165,7 +175,7 @@ def _too_little(inventory: Inventory, workers: int, ways: Sequence[bool], free: 
             f"{format_size(limit)}; raise the limit"
         )
     head = f"--workers {workers}: the run needs {format_size(needed)} of memory, {format_size(free)} are free"
-    for stream in (*ways, True):
+    for stream in (*ways, True) if new else ways:
         fewer = [n for n in range(workers - 1, 0, -1) if _fits(inventory, n, stream, free)]
         streamed = " --stream yes" if stream not in ways else ""
         if streamed and _fits(inventory, workers, stream, free):
@@ -174,7 +184,7 @@ def _too_little(inventory: Inventory, workers: int, ways: Sequence[bool], free: 
             return f"{head}; give --workers {fewer[0]}{streamed}"
         if workers != 0 and _fits(inventory, 0, stream, free):
             return f"{head}; give --workers 0{streamed}"
-    least = min(run_bytes(inventory, 0, True), run_bytes(inventory, 0, ways[-1]))
+    least = min(run_bytes(inventory, 0, way) for way in ({*ways, True} if new else ways))
     return f"{head}; close other programs: {format_size(least)} are needed at least"
 
 

@@ -107,7 +107,7 @@ class RayPool:
     ) -> list[Any]:
         results: list[Any] = [None] * len(jobs)
         waiting = [_Task(i) for i in range(len(jobs))]
-        running: dict[Any, tuple[_Task, Member]] = {}
+        running: dict[Any, tuple[_Task, Member, int]] = {}
         looked, alive = 0.0, time.monotonic()
         while waiting or running:
             now = time.monotonic()
@@ -115,7 +115,7 @@ class RayPool:
                 looked = now
                 if self.session.dead():
                     self._revive()
-                    waiting[:0] = [task for task, _ in running.values()]
+                    waiting[:0] = [task for task, _, _ in running.values()]
                     running.clear()
                     alive = time.monotonic()
                 self.staff.tend()
@@ -133,7 +133,7 @@ class RayPool:
                 if ref not in running:
                     self.staff.tend()
                     continue
-                task, member = running.pop(ref)
+                task, member, told = running.pop(ref)
                 member.busy = False
                 try:
                     results[task.place] = self._ray.get(ref)
@@ -141,6 +141,7 @@ class RayPool:
                     if not isinstance(error.cause, self._ray.exceptions.RayError):
                         raise (error.cause if isinstance(error.cause, Exception) else error) from None
                     self._miss(task, error.cause)
+                    member.told = told  # it may have missed before it heard what was broadcast
                     waiting.insert(0, task)
                 except self._ray.exceptions.RayError as error:
                     self._bury(member, task, jobs[task.place][0], error)
@@ -151,7 +152,7 @@ class RayPool:
         return results
 
     def _assign(
-        self, jobs: Sequence[Job], waiting: list[_Task], running: dict[Any, tuple[_Task, Member]]
+        self, jobs: Sequence[Job], waiting: list[_Task], running: dict[Any, tuple[_Task, Member, int]]
     ) -> None:
         """Gives idle workers jobs that they can do."""
         for member in self.staff.members:
@@ -162,9 +163,10 @@ class RayPool:
             if task is None:
                 continue
             waiting.remove(task)
-            lessons, member.told = self._broadcasts[member.told :], len(self._broadcasts)
+            told, member.told = member.told, len(self._broadcasts)
             member.busy = True
-            running[member.actor.run.remote(jobs[task.place], lessons)] = (task, member)
+            ref = member.actor.run.remote(jobs[task.place], self._broadcasts[told:])
+            running[ref] = (task, member, told)
 
     def _bury(self, member: Member, task: _Task, method: str, error: Exception) -> None:
         """Notes a death; a job that workers die of is given up, one that a node took along is not."""

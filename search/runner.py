@@ -28,6 +28,7 @@ from evaluators.footprint import Footprint
 from evaluators.texts import TextSet
 from evaluators.throughput import Throughput
 from search.allocator import Allocator
+from search.console import console
 from search.drivers import Crew, unless_taken
 from search.pool import Job, Pool
 from search.sampler import KnapsackSampler
@@ -120,19 +121,30 @@ class TrialRunner:
     scoring: float = field(default=0.0, init=False)
     _known: dict[int, _Rival] = field(default_factory=dict, init=False, repr=False)
     _lean: int = field(default=0, init=False, repr=False)
+    _waited: bool = field(default=False, init=False, repr=False)
 
     def run(self, total: int) -> None:
         """Asks until the study has `total` finished trials."""
         begun = time.perf_counter()
-        while (missing := total - len(finished(self.study))) > 0:
+        while len(finished(self.study)) < total:
+            if self.crew and self.crew.unsure():
+                self._wait()
+                continue
             left = self._left_over()
-            missing -= self.crew.busy() if self.crew else 0
+            missing = total - len(finished(self.study)) - (self.crew.busy() if self.crew else 0)
             if missing <= 0 and not left:
                 time.sleep(_PATIENCE)  # the last trials are being run by other drivers
                 continue
             self.measure_slopes()
             self.step(min(self.round, max(missing, len(left))), left, total)
         self.seconds += time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        """Until a driver of another place beats again, or counts as dead."""
+        if not self._waited:
+            console.print("another driver's trials are running, if it lives: waiting for a sign of it")
+            self._waited = True
+        time.sleep(_PATIENCE)
 
     def _left_over(self) -> list[Trial]:
         """Finishes rounds that dead drivers had told a part of; returns the trials of one they had not.

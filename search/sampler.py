@@ -10,7 +10,7 @@ front (smaller budgets and fewer active experts, for the other objectives).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -250,9 +250,7 @@ class KnapsackSampler(BaseSampler):
         raise ValueError(f"{param_name!r} is not a parameter of the space this sampler was made for")
 
 
-def make_sampler(
-    name: str, allocator: Allocator, seed: int, slopes: SlopeBook | None = None, begun: int = 0
-) -> BaseSampler:
+def make_sampler(name: str, allocator: Allocator, seed: int, slopes: SlopeBook | None = None) -> BaseSampler:
     """The sampler `--sampler` names.
 
     Args:
@@ -260,24 +258,26 @@ def make_sampler(
         allocator: Of the space.
         seed: Of its draws.
         slopes: Slopes measured so far.
-        begun: Trials the study has: Optuna's samplers draw from one stream, which must not begin again.
 
     Raises:
         UserError: An unknown name.
     """
     if name == "knapsack":
         return KnapsackSampler(allocator, seed, slopes)
-    seed = (seed + begun) % 2**32
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "tpe":
-            inner: BaseSampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
-        elif name == "nsgaii":
-            inner = optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
-        elif name == "gp":
-            inner = optuna.samplers.GPSampler(seed=seed)
-        elif name == "random":
-            inner = optuna.samplers.RandomSampler(seed=seed)
-        else:
-            raise unknown("--sampler", name, SAMPLERS)
-    return FeasibleSampler(inner, allocator)
+    if name not in _OPTUNAS:
+        raise unknown("--sampler", name, SAMPLERS)
+
+    def make(seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return _OPTUNAS[name](seed)
+
+    return FeasibleSampler(make, allocator, seed)
+
+
+_OPTUNAS: Mapping[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed),
+    "nsgaii": lambda seed: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}

@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from search.journal import JournalFile
+from search.whole_file import make_database
 from spaces.errors import UserError
 
 _DIRECTIONS: tuple[Literal["minimize", "maximize"], ...] = ("minimize", "minimize", "maximize")
@@ -70,6 +71,7 @@ def _database(url: str) -> BaseStorage:
     local = url.startswith("sqlite")
     patience = {"timeout": _BUSY, "isolation_level": None} if local else {}
     options = {"pool_pre_ping": True, "connect_args": patience}
+    make_database(url, _make_tables)
     looks = 0
     while True:
         try:
@@ -83,6 +85,10 @@ def _database(url: str) -> BaseStorage:
                 raise
             looks += 1
             time.sleep(_MAKING)
+
+
+def _make_tables(url: str) -> None:
+    optuna.storages.RDBStorage(url).engine.dispose()
 
 
 def _one_at_a_time(storage: optuna.storages.RDBStorage) -> None:

@@ -21,17 +21,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote, urlparse
 
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from compression.files import write_text
 from search.commands import exhausted
+from search.locks import alone
 from search.results import tensor_types
-from search.tracking_database import make_database
 from search.tracking_view import VIEW_KEY, saved_view
 from search.trial_row import row
+from search.whole_file import make_database
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 from spaces.inventory import Inventory
@@ -71,8 +72,9 @@ class Tracker:
         self.uri = tracking_uri(uri, out)
         with self.told("cannot be used"):
             self.client = _client(self.uri)
-            self.experiment = self._experiment(out if self.uri.startswith("sqlite:") else None)
-            self.parent = self._parent(params)
+            with alone(out / "tracking.lock", "opening MLflow"):
+                self.experiment = self._experiment(out if self.uri.startswith("sqlite:") else None)
+                self.parent = self._parent(params)
             self._logged = self._known(clear=True)
         self._writer = ThreadPoolExecutor(1, "mlflow")
         self._queue: dict[str, Future[Any]] = {}
@@ -103,6 +105,8 @@ class Tracker:
         return _told(self.uri, what)
 
     def _experiment(self, out: Path | None) -> str:
+        from mlflow.exceptions import MlflowException
+
         name = self.study.study_name
         found = self.client.get_experiment_by_name(name)
         if found is not None:
@@ -110,7 +114,13 @@ class Tracker:
         # Without a location MLflow would put artifacts under the current folder.
         location = None if out is None else (out / "mlartifacts").as_uri()
         tags = {"mlflow.experimentKind": "custom_model_development", VIEW_KEY: saved_view()}
-        return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
+        try:
+            return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
+        except MlflowException:
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)  # of a driver on another machine, made a moment ago
 
     def _parent(self, params: Mapping[str, Any]) -> str:
         from mlflow.entities import Param
@@ -191,6 +201,10 @@ class Tracker:
             self._logged[number] = written.result()
             del self._queue[number]
 
+    def close(self) -> None:
+        """Waits until nothing is written any more; what failed was told, or is made good by the next run."""
+        self._writer.shutdown(wait=True)
+
     def log_report(self, trial: FrozenTrial, figures: dict[str, float], content: dict[str, Any]) -> None:
         """Adds a finalist's scores on text no trial saw to its run, all of them as report.json."""
         self.flush()
@@ -251,7 +265,7 @@ class Tracker:
 
 def tracking_uri(uri: str | None, out: Path) -> str:
     """The tracking server's URI: as given, or a SQLite file in the run's folder."""
-    return uri or f"sqlite:///{out / 'mlflow.db'}"
+    return uri or f"sqlite:///{quote(str(out / 'mlflow.db'))}"  # in a URL, ? and % mean something
 
 
 def tracking_place(uri: str) -> str:
@@ -313,8 +327,14 @@ def _client(uri: str) -> Any:
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     _answers(uri)
-    make_database(uri)
+    make_database(uri, _make_tables)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_tables(uri: str) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(uri, "./mlruns").engine.dispose()
 
 
 def _answers(uri: str) -> None:

@@ -157,7 +157,8 @@ def estimate(problem: Problem, options: Options) -> Estimate:
     study = make_study(problem, options, plan.stream, checkpoint_bytes(options.model), measured())
     bank, place = study.model.bank_bytes(), _existing(options.out)
     machine = this_machine(os.cpu_count() or 1, free_memory(), shutil.disk_usage(place).free)
-    if bank > machine.disk:
+    there = sum(f.stat().st_size for f in (options.out / "cache" / "bank").rglob("*.q"))
+    if bank - there > machine.disk:
         warnings.append("warning: the bank does not fit there; give --out on a larger disk, or fewer --types")
     run_memory = run_bytes(source, plan.workers, plan.stream, plan.cache_bytes)
     if study.model.checkpoint + bank + run_memory < machine.memory:

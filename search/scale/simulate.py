@@ -135,7 +135,8 @@ class Simulation:
         disk = job.read / (machine.reading / busy) + job.written / (machine.writing / busy)
         straggle = self.rng.lognormvariate(-(self.cluster.spread**2) / 2, self.cluster.spread)
         # Rates were measured with the memory for one core alone; many share it.
-        work = max(job.seconds / machine.core, job.traffic * busy / machine.bandwidth)
+        computing = job.seconds / machine.core * max(1.0, busy / machine.cores)
+        work = max(computing, job.traffic * busy / machine.bandwidth)
         return work * straggle + disk
 
     def _send(self, begun: float, job: Work, node: int) -> float:
