@@ -13,8 +13,8 @@ What happens to a search when something breaks, as tests make it happen. Every r
 made of its results by `python -m experiments.slow_suite --docs docs/faults.md`.
 
 In short: a search that was killed goes on with the same command and ends with the same trials and the same winner, to the
-byte (with the default sampler and one driver; several drivers of one study ask in an order that time decides). A driver of
-this machine is known to be dead at once, a driver of another one after two minutes without a sign of life.
+byte (with one driver; several drivers of one study ask in an order that time decides). A driver of this machine is known to
+be dead at once, a driver of another one, or of this one before it was started anew, after two minutes without a sign of life.
 
 | fault | injected | lost | median time to go on | test |
 |---|---|---|---|---|
