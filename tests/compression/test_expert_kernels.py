@@ -72,11 +72,11 @@ def offer(model: CandidateModel, monkeypatch: pytest.MonkeyPatch) -> Offer:
     return Offer(model, monkeypatch)
 
 
-def test_the_least_time_is_chosen(model: CandidateModel) -> None:
+def test_one_that_takes_little_time_is_chosen(model: CandidateModel) -> None:
     found = fastest_experts(model, 64)
     assert {"eager", "grouped_mm"} <= found.keys()
-    assert list(found.values()) == sorted(found.values())
-    assert chosen(model) == min(found, key=lambda name: found[name])
+    assert chosen(model) == next(iter(found))
+    assert found[chosen(model)] <= 1.5 * min(found.values())
 
 
 @pytest.mark.parametrize("times", [(1, 2, 3), (3, 1, 2), (2, 3, 1), (3, 2, 1)])
@@ -89,6 +89,14 @@ def test_the_fastest_is_chosen_whichever_is_tried_first(
     assert list(found.values()) == [1, 2, 3]
     assert found == dict(zip("abc", times, strict=True))
     assert chosen(model) == "abc"[times.index(1)]
+
+
+def test_the_first_is_kept_where_another_one_is_a_little_faster(model: CandidateModel, offer: Offer) -> None:
+    offer.add("first", 7)
+    offer.add("second", 5)
+    offer.add("third", 6)
+    assert list(fastest_experts(model, 16).items()) == [("first", 7), ("second", 5), ("third", 6)]
+    assert chosen(model) == "first"
 
 
 def test_the_best_of_a_few_runs_counts(model: CandidateModel, offer: Offer) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 from optuna.storages import JournalStorage
@@ -45,7 +45,13 @@ def arguments(
 
 
 class Command:
-    """A search that runs as a process of its own, with a session of its own."""
+    """A search that runs as a process of its own, with a session of its own.
+
+    Attributes:
+        agents: Processes that may outlive their killed driver by a minute or two, of all commands.
+    """
+
+    agents: ClassVar[list[psutil.Process]] = []
 
     def __init__(self, arguments: Sequence[str], log: Path, module: str = "tests.faults.quick_run") -> None:
         self.log = log
@@ -87,12 +93,17 @@ class Command:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """kill -9 of the driver alone; what it started has to end by itself, Ray's agents some time later."""
-        family = self.family()
+        """kill -9 of the driver alone; what it started has to end by itself, soon.
+
+        Ray's agents ask for their head node for another minute; see `agents`.
+        """
+        agents = self.called("Agent")
+        family = [p for p in self.family() if p not in agents]
         self.process.kill()
         self.process.wait()
-        _, left = psutil.wait_procs(family, timeout=60)
+        _, left = psutil.wait_procs(family, timeout=20)
         assert not left, f"outlived their driver: {[p.cmdline() for p in left]}"
+        self.agents += agents
 
     def end(self) -> None:
         """Ends everything, for a test that has failed."""

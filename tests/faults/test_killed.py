@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults.commands import Command, arguments, leftovers, logged, trials, winner
@@ -140,6 +141,8 @@ def test_kills_at_random_moments_change_nothing(
         moments = [rng.uniform(1.0, 0.8 * whole) for _ in range(blows)]
         seconds += disturbed(options, folder, kill, moments, rng)
         same(folder / "out", expected)
+    _, left = psutil.wait_procs(Command.agents, timeout=150)
+    assert not left
     record_property(
         "fault",
         json.dumps(

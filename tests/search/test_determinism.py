@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,12 +100,6 @@ def test_searches_with_one_and_two_workers_have_the_same_trials_and_winner(
     short, runs = short_texts(texts, tmp_path), {}
     for hashing, (name, workers) in enumerate({"one": 1, "again": 1, "two": 2}.items()):
         out = runs[name] = tmp_path / name
-        if name != "one":
-            # Which implementation of experts is fastest is measured once for a study; kernels differ in
-            # their last bits.
-            (out / "cache").mkdir(parents=True)
-            for file in (runs["one"] / "cache").glob("experts.json*"):
-                shutil.copyfile(file, out / "cache" / file.name)
         monkeypatch.setenv("PYTHONHASHSEED", str(hashing + 1))
         command = Command(arguments(tiny_checkpoint, short, out, workers), tmp_path / f"{name}.log")
         try:
