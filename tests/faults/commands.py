@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,8 +98,12 @@ class Command:
 
         Ray's agents ask for their head node for another minute; see `agents`.
         """
-        agents = self.called("Agent")
-        family = [p for p in self.family() if p not in agents]
+        family, agents = [], []
+        for process in self.family():
+            with suppress(psutil.Error):
+                # A new one has the name of its script, and no title yet; Ray's raylet is told of agents.
+                agent = "agent" in " ".join(process.cmdline()).lower()
+                (agents if agent else family).append(process)
         self.process.kill()
         self.process.wait()
         _, left = psutil.wait_procs(family, timeout=20)
