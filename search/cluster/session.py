@@ -44,6 +44,8 @@ class Session:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Workers are what the study is about: Ray would let everything else go first.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Its first driver waits for workers that nobody asked for, and for ever where one of them is killed.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         if address is not None:
             check_reachable(address)
         import ray
