@@ -31,8 +31,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked_part(path) as (temporary, stream):
         yield stream
-        stream.close()
-        os.replace(temporary, path)
+        locked = os.dup(stream.fileno())
+        try:
+            stream.close()
+            os.replace(temporary, path)
+        finally:
+            os.close(locked)
 
 
 @contextmanager
@@ -62,15 +66,24 @@ def _open_locked(path: Path) -> IO[bytes]:
 @contextmanager
 def locked_folder(path: Path) -> Iterator[Path]:
     """As `locked_part`, of a folder; its files belong to nobody else."""
-    folder = Path(tempfile.mkdtemp(_PART, f".{path.name}.", path.parent))
-    handle = os.open(folder, os.O_RDONLY)
+    folder, handle = _make_locked(path)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield folder
     finally:
         os.close(handle)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_locked(path: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(_PART, f".{path.name}.", path.parent))
+        with suppress(FileNotFoundError):  # somebody removed it before it was locked
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, handle
+            os.close(handle)
 
 
 def remove_parts(folder: Path, of: str | None = None) -> None:

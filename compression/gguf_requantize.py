@@ -61,10 +61,10 @@ def requantize(
     inventory = describe_gguf(source)
     check_candidate(inventory, candidate, imatrix, name)
     size = inventory.file_bytes(candidate.plan)
+    remove_parts(out.parent, out.name)
     _check_place(source, out, size)
     infos = inventory.infos(candidate.plan)
     experts, types = {m.layer: m.experts for m in candidate.layers}, dict(candidate.types)
-    remove_parts(out.parent, out.name)
     with atomic(out) as stream, ThreadPoolExecutor(threads) as pool:
         stream.write(header(inventory.plan_metadata(candidate.plan), infos))
         for info, tensor in zip(infos, inventory.tensors, strict=True):

@@ -108,7 +108,8 @@ class Crew:
             if note["place"] != self._note["place"] and name not in self._beaten
         }
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if unknown else ()
-        return any(t.user_attrs.get(OWNER) in unknown for t in running)
+        # One without an owner may be of any of them, killed before it could note that.
+        return bool(unknown) and any(t.user_attrs.get(OWNER) in {None, *unknown} for t in running)
 
     def own(self, trial: optuna.Trial) -> None:
         """Notes a trial as this driver's."""

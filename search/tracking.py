@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import unquote, urlparse
 
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -265,7 +265,8 @@ class Tracker:
 
 def tracking_uri(uri: str | None, out: Path) -> str:
     """The tracking server's URI: as given, or a SQLite file in the run's folder."""
-    return uri or f"sqlite:///{quote(str(out / 'mlflow.db'))}"  # in a URL, ? and % mean something
+    path = str(out / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # mean something in a URL
+    return uri or f"sqlite:///{path}"
 
 
 def tracking_place(uri: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,6 +126,38 @@ def test_an_export_that_fails_leaves_the_older_one(
     with pytest.raises(OSError, match="No space"):
         export_checkpoint(tiny_model, other, tiny, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_an_export_whose_name_cannot_be_given_leaves_the_older_one(
+    tiny_model: CandidateModel,
+    wanted: Candidate,
+    folder: Path,
+    tiny: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    replace_one, failed = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        if target == folder and not failed:
+            failed.append(source)
+            raise OSError(5, "Input/output error")
+        replace_one(source, target)
+
+    monkeypatch.setattr("compression.checkpoint_export.os.replace", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        export_checkpoint(tiny_model, wanted, tiny, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_a_killed_export_left_goes(
+    tiny_model: CandidateModel, wanted: Candidate, folder: Path, tiny: Checkpoint
+) -> None:
+    left = folder.with_name(f".{folder.name}.abc.part")
+    shutil.copytree(folder, left)
+    export_checkpoint(tiny_model, wanted, tiny, folder)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 

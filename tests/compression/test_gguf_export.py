@@ -258,6 +258,13 @@ def test_an_export_that_fails_midway_leaves_what_was_there(
     assert [p.read_bytes() for p in path.parent.iterdir()] == ([b"an older file"] if older else [])
 
 
+def test_what_a_killed_export_left_goes(tiny_model: CandidateModel, mixed: Candidate, tmp_path: Path) -> None:
+    for name in (".a.gguf.1.2.part", ".b.gguf.1.2.part"):
+        (tmp_path / name).write_bytes(b"half")
+    export_gguf(tiny_model, mixed, tmp_path / "a.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.gguf.1.2.part", "a.gguf"]
+
+
 def test_a_tensor_of_unpredicted_size_is_not_written(
     tiny_model: CandidateModel, mixed: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

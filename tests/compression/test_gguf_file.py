@@ -139,6 +139,22 @@ def test_a_model_without_architecture_or_tensor(tmp_path: Path) -> None:
             assert replace(file, metadata=metadata).architecture
 
 
+def test_any_slice_and_any_bytes_of_a_tensor_are_read_alone(tmp_path: Path) -> None:
+    for file in (
+        GgufFile.open(_write(tmp_path / "model.gguf", list(TYPES), {})),
+        GgufFile.open(_split(tmp_path, PARTS)[0]),
+    ):
+        for name in ("two", "three", "six"):
+            whole, weights = file.raw(name), file.float32(name)
+            for index in range(len(whole)):
+                np.testing.assert_array_equal(file.raw(name, index), whole[index])
+                np.testing.assert_array_equal(file.float32(name, index), weights[index])
+            np.testing.assert_array_equal(file.part(name, 0, whole.nbytes), whole.ravel())
+            np.testing.assert_array_equal(file.part(name, 5, 21), whole.ravel()[5:26])
+        with pytest.raises(ValueError, match="one has one axis"):
+            file.float32("one", 0)
+
+
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(header({}, [TensorInfo("table", (2, 4), 26, 32)]) + bytes(ALIGNMENT))

@@ -272,6 +272,13 @@ def test_weights_that_are_not_finite_leave_nothing_behind(models: dict[str, Path
     assert os.listdir(tmp_path) == ["model.gguf"]
 
 
+def test_what_a_killed_conversion_left_goes(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / ".out.gguf.1.2.part").write_bytes(b"half")
+    source = GgufFile.open(models["olmoe"])
+    requantize(source, candidate(describe_gguf(source), "Q8_0"), tmp_path / "out.gguf")
+    assert os.listdir(tmp_path) == ["out.gguf"]
+
+
 def test_the_place_of_the_file_is_checked(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

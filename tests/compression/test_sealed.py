@@ -35,6 +35,19 @@ def test_what_was_written_is_read(file: Path) -> None:
     assert sealed.made_of(file) | MADE_OF == sealed.made_of(file)
 
 
+def test_whoever_finds_a_file_finds_its_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write_text, found = tmp_path / "scores.json", sealed.write_text, []
+
+    def looked_at(written: Path, text: str) -> None:
+        write_text(written, text)
+        if path.exists():
+            found.append(sealed.read(path, MADE_OF))
+
+    monkeypatch.setattr(sealed, "write_text", looked_at)
+    sealed.write(path, "[0.5, \u00bd]", MADE_OF)
+    assert found == ["[0.5, \u00bd]"]
+
+
 @pytest.mark.parametrize("at", range(11))
 def test_every_flipped_bit_of_a_file_is_found(file: Path, at: int) -> None:
     sealed.read(file, MADE_OF)  # known to be sound until then

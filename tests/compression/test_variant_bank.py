@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from compression import ggml
-from compression.variant_bank import Read, VariantBank, variant_key
+from compression.variant_bank import HEADER_BYTES, Read, VariantBank, sound, variant_key
 from spaces.inventory import Tensor
 from tests.compression.support import refused
 
@@ -200,6 +200,27 @@ def test_a_damaged_variant_is_noticed(bank: VariantBank, damage: Any) -> None:
     path.write_bytes(damage(bytearray(path.read_bytes())))
     bank.register(MATRIX.name, "Q4_K", key)
     refused(lambda: bank.blocks(MATRIX, "Q4_K"), path, "run the search again")
+
+
+def test_every_flipped_bit_of_a_header_is_noticed_and_made_good(bank: VariantBank) -> None:
+    first = quantize(bank, MATRIX, "Q4_K")
+    ((_, key, _),) = first
+    path = bank.path(key)
+    whole = path.read_bytes()
+    for bit in range(8 * HEADER_BYTES):
+        raw = bytearray(whole)
+        raw[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        assert not bank.holds(key), bit
+        assert not sound(path), bit
+        if bit % 8 == bit // 8 % 8:  # one of each byte, as this takes longer
+            assert quantize(VariantBank(bank.folder), MATRIX, "Q4_K") == first
+            assert path.read_bytes() == whole
+            path.write_bytes(raw)
+        bank.register(MATRIX.name, "Q4_K", key)
+        refused(lambda: bank.blocks(MATRIX, "Q4_K"), path, "damaged", "run the search again")
+    assert quantize(bank, MATRIX, "Q4_K") == first
+    assert sound(path)
 
 
 def test_a_missing_variant_is_noticed(bank: VariantBank) -> None:

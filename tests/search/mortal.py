@@ -58,23 +58,29 @@ class Driver:
         folder: Of the journal and the slopes.
         writes, cut: When it dies, see `MortalJournal`; never for None.
         sampler: Name of the sampler.
+        lease: After which it takes drivers of other places for dead.
     """
 
     def __init__(
-        self, folder: Path, writes: int | None = None, cut: int = 0, sampler: str = "knapsack"
+        self,
+        folder: Path,
+        writes: int | None = None,
+        cut: int = 0,
+        sampler: str = "knapsack",
+        lease: float = 1000.0,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.journal = MortalJournal(folder / "study.journal", writes, cut)
         self.pool = FakePool(scrambled, slopes=rows_of)
-        self.sampler = sampler
+        self.sampler, self.lease = sampler, lease
         self.crew: Crew | None = None
 
     def runner(self) -> TrialRunner:
         study = open_study("s", JournalStorage(self.journal), {})
         study.sampler = make_sampler(self.sampler, ALLOCATOR, 0, SlopeBook(self.folder / "slopes"))
-        self.crew = Crew(study, beat=1000.0, lease=1000.0)
+        self.crew = Crew(study, beat=1000.0, lease=self.lease)
         runner = make_runner(study, ALLOCATOR, self.pool, slopes=True)
         runner.crew = self.crew
         return runner

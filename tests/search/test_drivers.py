@@ -12,7 +12,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from search.drivers import Crew
+from search.drivers import OWNER, Crew, unless_taken
 from search.journal import JournalFile
 from search.study import finished, open_study
 from tests.search.mortal import Driver, dead_process, outcome
@@ -70,19 +70,50 @@ def test_a_study_killed_at_200_writes_ends_as_an_undisturbed_one(
         assert killed_at(tmp_path / str(i), [moment]) == expected, moment
 
 
-@pytest.mark.parametrize("sampler", ["random", "nsgaii"])
-def test_other_samplers_trials_still_fit_after_a_kill(sampler: str, tmp_path: Path) -> None:
-    for i, writes in enumerate((150, 163)):
+@pytest.mark.parametrize("fraction", [0.41, 0.58])
+def test_a_study_goes_on_as_an_undisturbed_one_when_its_machine_was_started_anew(
+    fraction: float,
+    undisturbed: tuple[list, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected, writes = undisturbed
+    assert not Driver(tmp_path, int(fraction * writes)).drive(TOTAL)
+    monkeypatch.setattr("search.drivers.place", lambda: "the machine after a reboot")
+    monkeypatch.setattr("search.runner._PATIENCE", 0.02)
+    assert Driver(tmp_path, lease=0.2).drive(TOTAL)
+    assert outcome(tmp_path) == expected
+    assert capsys.readouterr().out.count("waiting for a sign of it") == 1
+
+
+def test_a_study_killed_in_its_last_round_is_extended_as_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.runner._PATIENCE", 0.02)
+    first, later = 10, 14
+    whole, killed = Driver(tmp_path / "whole", 10**9), tmp_path / "killed"
+    assert whole.drive(first)
+    assert whole.journal.left is not None
+    writes = 10**9 - whole.journal.left
+    assert Driver(whole.folder).drive(later)
+    assert not Driver(killed, writes - 6).drive(first)  # one of two is told
+    assert Driver(killed).drive(first)
+    assert Driver(killed).drive(later)
+    assert outcome(killed) == outcome(whole.folder)
+
+
+@pytest.mark.parametrize("sampler", ["random", "nsgaii", "tpe"])
+def test_other_samplers_end_as_undisturbed_too(sampler: str, tmp_path: Path) -> None:
+    driver = Driver(tmp_path / "undisturbed", 10**9, sampler=sampler)
+    assert driver.drive(TOTAL)
+    assert driver.journal.left is not None
+    expected = outcome(tmp_path / "undisturbed")
+    for i, moment in enumerate(moments(10**9 - driver.journal.left, 3)):
         folder = tmp_path / str(i)
-        Driver(folder, writes, sampler=sampler).drive(6)
-        assert Driver(folder, sampler=sampler).drive(6)
-        study = optuna.load_study(
-            study_name="s", storage=JournalStorage(JournalFile(folder / "study.journal"))
-        )
-        done = finished(study)
-        assert len(done) == 6
-        assert all(t.user_attrs["scores"]["target_bytes"] <= ALLOCATOR.limit for t in done)
-        assert not study.get_trials(states=(TrialState.RUNNING,))
+        Driver(folder, moment, cut=9 * (i % 2), sampler=sampler).drive(TOTAL)
+        assert Driver(folder, sampler=sampler).drive(TOTAL)
+        assert outcome(folder) == expected, moment
 
 
 def two(folder: Path) -> tuple[optuna.Study, optuna.Study]:
@@ -122,18 +153,72 @@ def test_among_the_living_one_tries_a_dead_drivers_trial_again(tmp_path: Path) -
     second.close()
 
 
+def sign(study: optuna.Study, beat: int) -> None:
+    """Signs for a driver of another machine."""
+    note = {"place": "another machine", "pid": dead_process(), "started": 0.0, "tracking": "", "beat": beat}
+    study.set_user_attr("driver:far", note)
+
+
 def test_a_far_drivers_death_is_a_beat_that_stands_still(tmp_path: Path) -> None:
     one, other = two(tmp_path)
     watching = Crew(other, beat=1000, lease=0.3)
-    note = {"place": "another machine", "pid": dead_process(), "started": 0.0, "tracking": "", "beat": 1}
-    one.set_user_attr("driver:far", note)
+    sign(one, 1)
     assert list(watching.others()) == ["far"]
-    one.set_user_attr("driver:far", {**note, "beat": 2})
+    sign(one, 2)
     assert list(watching.others()) == ["far"]
     waited = threading.Event()
     waited.wait(0.4)
     assert list(watching.others()) == []
     watching.close()
+
+
+def test_whether_a_far_driver_lives_is_unknown_until_it_beats_or_its_lease_is_over(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    sign(one, 1)
+    first, second = (Crew(other, beat=1000, lease=0.3) for _ in range(2))
+    assert not first.unsure()  # it runs nothing
+    one.ask(DISTRIBUTIONS).set_user_attr(OWNER, "far")
+    assert first.unsure()
+    sign(one, 2)
+    assert not first.unsure()
+    assert first.busy() == 1
+    assert second.unsure()  # has seen no beat but this one
+    threading.Event().wait(0.4)
+    assert not second.unsure()
+    first.close()
+    second.close()
+
+
+def test_whether_a_near_driver_lives_is_known_at_once(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    first, second = Crew(one), Crew(other)
+    first.own(one.ask(DISTRIBUTIONS))
+    assert not second.unsure()
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+def test_a_trial_that_another_driver_ended_meanwhile_stays_as_it_is(
+    state: TrialState, tmp_path: Path
+) -> None:
+    one, other = two(tmp_path)
+    trial = one.ask(DISTRIBUTIONS)
+    other.tell(trial.number, [1.0] * 3 if state == TrialState.COMPLETE else None, state=state)
+    with unless_taken(trial):
+        trial.set_user_attr("scores", {})
+    with unless_taken(trial):
+        one.tell(trial, [2.0] * 3)
+    (found,) = one.get_trials()
+    assert (found.state, found.user_attrs) == (state, {})
+    assert found.values == ([1.0] * 3 if state == TrialState.COMPLETE else None)
+
+
+def test_an_error_about_a_running_trial_is_not_hidden(tmp_path: Path) -> None:
+    one, _ = two(tmp_path)
+    trial = one.ask(DISTRIBUTIONS)
+    with pytest.raises(ValueError, match="a mistake"), unless_taken(trial):
+        raise ValueError("a mistake")
 
 
 def test_a_result_for_a_trial_that_was_given_to_another_driver_is_dropped(tmp_path: Path) -> None:

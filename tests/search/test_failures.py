@@ -6,6 +6,7 @@ import errno
 import os
 import sqlite3
 
+import optuna
 import pytest
 import sqlalchemy.exc
 
@@ -18,6 +19,16 @@ def wrapped(inner: BaseException, outer: Exception) -> Exception:
     """`outer`, raised because of `inner`."""
     outer.__cause__ = inner
     return outer
+
+
+class ServerError(Exception):
+    """Of a database's driver."""
+
+
+def stored(inner: Exception) -> Exception:
+    """What Optuna raises when a database fails."""
+    outer = wrapped(inner, sqlalchemy.exc.OperationalError("INSERT", {}, inner))
+    return wrapped(outer, optuna.exceptions.StorageInternalError("An exception is raised during the commit."))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +44,23 @@ def wrapped(inner: BaseException, outer: Exception) -> Exception:
                 sqlalchemy.exc.OperationalError("INSERT", {}, Exception("x")),
             ),
             ("database or disk is full", "free space there"),
+        ),
+        (stored(sqlite3.OperationalError("database is locked")), ("database is locked)", "goes on where")),
+        (
+            stored(ServerError("server closed the connection unexpectedly\n\tThis probably means")),
+            (") server closed the connection unexpectedly)", "goes on where"),
+        ),
+        (
+            stored(ServerError('could not extend file "base/1/2": No space left on device\nHINT: Check')),
+            ("No space left on device", "free space there"),
+        ),
+        (
+            wrapped(ServerError("terminating connection"), optuna.exceptions.StorageInternalError("commit")),
+            ("(terminating connection)", "run the same command again"),
+        ),
+        (
+            sqlalchemy.exc.InterfaceError("SELECT 1", {}, ServerError("connection is closed")),
+            ("connection is closed", "run the same command again"),
         ),
         (MemoryError(), ("out of memory", "--workers", "--stream yes")),
         (wrapped(MemoryError("4 GB"), RuntimeError("job")), ("out of memory (4 GB)",)),

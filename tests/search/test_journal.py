@@ -16,7 +16,7 @@ import psutil
 import pytest
 from optuna.storages.journal import JournalFileOpenLock
 
-from search.journal import JournalFile, KernelLock, whole_lines
+from search.journal import JournalFile, KernelLock, file_system, whole_lines
 
 LOG = {"op_code": 4, "study_id": 0}
 
@@ -98,3 +98,13 @@ def test_network_disks_are_locked_by_a_file(
     ]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
     assert type(JournalFile(tmp_path / "j").lock) is lock
+
+
+@pytest.mark.parametrize("kinds", [("autofs", "nfs4"), ("nfs4", "ext4")])
+def test_of_two_mounts_on_one_place_the_last_is_seen(
+    kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind) for kind in kinds]
+    mounts.append(SimpleNamespace(mountpoint="/", fstype="tmpfs"))
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    assert file_system(tmp_path / "j") == kinds[-1]

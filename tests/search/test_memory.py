@@ -80,6 +80,29 @@ def test_workers_elsewhere_are_not_refused(free: Free) -> None:
     assert not make_plan(MODEL, 4, "no", elsewhere=True).stream
 
 
+def test_a_study_stays_streamed_or_held_as_it_was_begun(
+    free: Free, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free(100 * GB)
+    assert not make_plan(MODEL, 2).stream
+    assert make_plan(MODEL, 2, begun=True).stream
+    assert make_plan(MODEL, 2, "yes", begun=True).stream
+    assert not make_plan(MODEL, 2, "no", begun=False).stream
+    assert make_plan(MODEL, 2, elsewhere=True, begun=True).stream
+    for stream, begun in (("yes", False), ("no", True)):
+        refused(lambda: make_plan(MODEL, 2, stream, begun=begun), f"--stream {stream}", "--study")  # noqa: B023
+
+
+def test_a_held_study_is_not_told_to_stream(free: Free) -> None:
+    large = tiny.inventory(num_hidden_layers=400)
+    free(int(run_bytes(large, 2, True) / memory._SHARE) + 1)
+    assert make_plan(large, 2).stream
+    assert "--stream" not in refused(lambda: make_plan(large, 2, begun=False), "--workers 2", "are free")
+    free(int(run_bytes(large, 1, False) / memory._SHARE) + 1)
+    refused(lambda: make_plan(large, 2, begun=False), "give --workers 1")
+    assert not make_plan(large, 2, fewer=True, begun=False).stream
+
+
 def test_a_limit_of_addresses_is_named(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
     free(100 * GB)
     monkeypatch.setattr(memory, "address_space", lambda: 2 * GB)

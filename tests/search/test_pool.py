@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import ray.exceptions
 
+from search.pool import Job
 from search.ray_pool import RayPool
 from search.worker import Setup
 from spaces.errors import UserError
@@ -95,6 +100,61 @@ def test_a_ray_that_dies_is_started_anew(
     gaps = [later - earlier for earlier, later in zip([begun, *went_on], went_on, strict=False)]
     fault = {"fault": f"kill -9 of {part} of a local Ray", "injected": 1, "lost": 0, "seconds": max(gaps)}
     record_property("fault", json.dumps(fault))
+
+
+class Away:
+    """A worker's seat on another node, whose file server is out of reach at first."""
+
+    def __init__(self, misses: int) -> None:
+        self.misses = misses
+        self.worker = FakeWorker(Setup("none", "none", "none"))
+
+    def run(self, job: Job, lessons: Sequence[Job]) -> Any:
+        if self.misses:
+            self.misses -= 1
+            raise ray.exceptions.ActorUnavailableError("out of reach", None)
+        for method, args in [*lessons, job]:
+            found = getattr(self.worker, method)(*args)
+        return found
+
+
+def pool_of(seat: Away) -> RayPool:
+    """A pool without a cluster, whose only worker sits there."""
+
+    def get(job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        except ray.exceptions.RayError as error:
+            raise ray.exceptions.RayTaskError("run", "", error) from error
+
+    remote = SimpleNamespace(remote=lambda *args: partial(seat.run, *args))
+    member = SimpleNamespace(
+        actor=SimpleNamespace(run=remote), arrival=SimpleNamespace(home=True), busy=False, told=0
+    )
+    made = object.__new__(RayPool)
+    made._ray = SimpleNamespace(
+        wait=lambda refs, **options: (refs[:1], []), get=get, exceptions=ray.exceptions
+    )
+    made._broadcasts, made._anywhere = [], frozenset()
+    made.session = SimpleNamespace(dead=lambda: False)  # type: ignore[assignment]
+    made.staff = SimpleNamespace(tend=lambda: None, members=[member])  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize("misses", [0, 1, 3])
+def test_a_worker_that_missed_its_files_is_told_everything_once(
+    misses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.ray_pool._TICK", 0.001)
+    seat = Away(0)
+    made = pool_of(seat)
+    made.broadcast("learn", "calibration")
+    assert made.run([("knows", ())]) == [["calibration"]]
+    seat.misses = misses
+    made.broadcast("learn", "base")
+    made.broadcast("learn", "texts")
+    for _ in range(2):
+        assert made.run([("knows", ())]) == [["calibration", "base", "texts"]]
 
 
 def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path) -> None:

@@ -107,6 +107,26 @@ def test_enqueued_parameters_are_taken_as_they_are() -> None:
         assert game.play(1)[0].params == wanted
 
 
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_drivers_of_one_study_propose_what_one_alone_would(name: str) -> None:
+    params = [SMALL.draw(SMALL.model.costs * (1 + i), PORTABLE) for i in range(3)]
+
+    def asked(drivers: int) -> list[dict[str, Any]]:
+        study = optuna.create_study(directions=["minimize", "minimize", "maximize"])
+        study.add_trials(told(SMALL, params, 12))
+        samplers = [make_sampler(name, SMALL, 0) for _ in range(drivers)]
+        out = []
+        for i in range(6):
+            study.sampler = samplers[i % drivers]
+            out.append(study.ask(SMALL.space.distributions).params)
+        return out
+
+    alone = asked(1)
+    assert len({SMALL.space.candidate(p).key for p in alone}) == 6
+    assert asked(2) == alone
+    assert asked(6) == alone  # each one made anew
+
+
 def test_an_unknown_sampler_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'knapsack'") as error:
         make_sampler("knapsak", SMALL, 0)

@@ -39,6 +39,14 @@ def test_the_driver_works_alone_and_speed_is_the_cores() -> None:
     assert seconds(Cluster(replace(PLAIN, core=2.0), 1, 2, 0.0), wave) == 3.5
 
 
+def test_workers_share_the_cores_of_their_node() -> None:
+    two_cores, wave = replace(PLAIN, cores=2), jobs(*[1.0] * 16)
+    assert seconds(Cluster(two_cores, 1, 2, 0.0), wave) == 8
+    assert seconds(Cluster(two_cores, 1, 16, 0.0), wave) == 8
+    assert seconds(Cluster(two_cores, 2, 8, 0.0), wave) == 4
+    assert seconds(Cluster(two_cores, 1, 1, 0.0), wave) == 16
+
+
 def test_disk_and_memory_are_shared_by_the_workers_of_a_node() -> None:
     slow = replace(PLAIN, reading=10.0, writing=5.0, bandwidth=20.0)
     reading = Wave((Work(1.0, read=20.0),) * 2)

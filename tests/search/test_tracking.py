@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from mlflow import MlflowClient
 
 from search.registry import register, sha256
 from search.tracking import Tracker
@@ -37,6 +41,86 @@ def start(empty: Path, tmp_path: Path) -> Callable[[optuna.Study], Tracker]:
     """Starts a tracker of a study in this test's folder."""
     shutil.copy(empty, tmp_path / "mlflow.db")
     return lambda study: Tracker(study, None, tmp_path, {"budget_gb": 5.0, "device": "laptop"}, MODEL)
+
+
+def together(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Has two callers of a method of MLflow's client meet there, if both come within a moment."""
+    real, both = getattr(MlflowClient, name), threading.Barrier(2)
+
+    def met(self: MlflowClient, *args: Any, **options: Any) -> Any:
+        found = real(self, *args, **options) if name.startswith("get") else None
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return found if name.startswith("get") else real(self, *args, **options)
+
+    monkeypatch.setattr(MlflowClient, name, met)
+
+
+@pytest.mark.parametrize("name", ["get_experiment_by_name", "create_experiment", "create_run"])
+def test_two_drivers_that_start_at_once_share_one_run(
+    name: str, start: Callable[..., Tracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(study_name="both", storage=storage)
+    together(monkeypatch, name)
+    made: list[Tracker] = []
+
+    def driver() -> None:
+        made.append(start(optuna.load_study(study_name="both", storage=storage)))
+
+    drivers = [threading.Thread(target=driver) for _ in range(2)]
+    for thread in drivers:
+        thread.start()
+    for thread in drivers:
+        thread.join()
+    one, other = made
+    assert (one.experiment, one.parent) == (other.experiment, other.parent)
+    assert [r.info.run_id for r in one.client.search_runs([one.experiment])] == [one.parent]
+
+
+def test_an_experiment_that_another_machine_made_meanwhile_is_shared(
+    start: Callable[..., Tracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tracked.study("elsewhere")
+    first, real, missed = start(study), MlflowClient.get_experiment_by_name, []
+
+    def too_early(self: MlflowClient, name: str) -> Any:
+        missed.append(name)
+        return None if len(missed) == 1 else real(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
+    assert start(study).experiment == first.experiment
+    assert len(missed) == 2
+
+
+@pytest.mark.parametrize("name", ["a?b=c", "a%20b", "a b", "a#b"])
+def test_a_folder_of_any_name_holds_what_is_tracked(name: str, empty: Path, tmp_path: Path) -> None:
+    out = tmp_path / name
+    out.mkdir()
+    shutil.copy(empty, out / "mlflow.db")
+    tracker = Tracker(tracked.study("named"), None, out, {}, MODEL)
+    write(tracker)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and out not in p.parents]
+    assert sorted(p.name for p in out.iterdir()) == ["mlartifacts", "mlflow.db", "tracking.lock"]
+    assert artifact(tracker, children(tracker)["trial 1"], "candidate.json")
+
+
+def test_a_tracker_is_closed_when_all_is_written(
+    start: Callable[..., Tracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = start(tracked.study("closed"))
+    create, trials = tracker.client.create_run, tracker.study.get_trials()
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return create(*args, **options)
+
+    monkeypatch.setattr(tracker.client, "create_run", slowly)
+    for trial in trials:
+        tracker.log_trial(trial, tracked.candidate(MODEL, trial.number))
+    tracker.close()
+    found = children(tracker).values()
+    assert [r.info.status for r in found] == ["FINISHED"] * len(trials)
 
 
 def write(tracker: Tracker) -> None:
