@@ -35,8 +35,8 @@ def page(results: Mapping[str, Any]) -> str:
         for test, fault in _measured(results, "fault")
     ]
     tests = [
-        f"| `{record['test']}` | {record['outcome']}{_why(record)} | {record['seconds']:,.0f} s | {about['date']} "
-        f"| {about['commit']} |"
+        f"| `{record['test']}` | {record['outcome']}{_why(record)} | {record['seconds']:,.0f} s | {record['date']} "
+        f"| {record['commit']} |"
         for _, about in sorted(results.items())
         for record in about["tests"]
     ]

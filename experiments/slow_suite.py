@@ -57,7 +57,8 @@ def run(module: str, wanted: str) -> list[dict[str, Any]]:
         code = subprocess.run(command, cwd=ROOT, timeout=_MODULE_SECONDS).returncode
         if code not in (0, 1):  # all passed, some failed
             raise UserError(f"{module}: pytest ended with {code}; run the same command again")
-        return [_record(case, module) for case in ElementTree.parse(report).iter("testcase")]
+        when = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "commit": commit()}
+        return [_record(case, module) | when for case in ElementTree.parse(report).iter("testcase")]
 
 
 def _record(case: ElementTree.Element, module: str) -> dict[str, Any]:
@@ -89,8 +90,7 @@ def main() -> None:
         if args.k and module in known:  # the others of the module stay
             new = {r["test"] for r in records}
             records = [r for r in known[module]["tests"] if r["test"] not in new] + records
-        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        known[module] = {"date": date, "commit": commit(), "tests": records}
+        known[module] = {"commit": commit(), "tests": records}
         write_text(RESULTS, json.dumps(known, indent=1, sort_keys=True) + "\n")
     records = [record for about in known.values() for record in about["tests"]]
     failed = [record["test"] for record in records if record["outcome"] in ("failed", "error")]
