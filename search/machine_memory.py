@@ -20,6 +20,20 @@ def free_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return min([psutil.virtual_memory().available, *_of_groups(cgroups, own)])
 
 
+def peak_resident() -> int:
+    """The largest resident size of this process so far, bytes.
+
+    Linux's VmHWM, proc(5): what getrusage(2) says begins with the peak of the process that started this one.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text("utf-8", "replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def address_space() -> int | None:
     """Bytes of addresses that every process may have (`ulimit -v`); None: as many as it likes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from search.machine_memory import peak_resident
 from search.worker import Setup, Worker
 
 Job = tuple[str, tuple[Any, ...]]
@@ -69,7 +70,4 @@ def make_pool(setup: Setup, workers: int, address: str | None) -> Pool:
 
 def peak_memory(pool: Pool) -> int:
     """Largest resident size among this process and the workers so far, bytes."""
-    import resource
-
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max([own, *pool.run([("peak_memory", ())] * pool.size)])
+    return max([peak_resident(), *pool.run([("peak_memory", ())] * pool.size)])

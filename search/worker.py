@@ -19,6 +19,7 @@ from compression import sealed
 from evaluators.texts import TextSet
 from search.cache_files import load_text, text_digests
 from search.evidence_jobs import EvidenceJobs
+from search.machine_memory import peak_resident
 from search.repair_jobs import RepairJobs
 
 if TYPE_CHECKING:
@@ -349,6 +350,4 @@ class Worker(RepairJobs, EvidenceJobs):
 
     def peak_memory(self) -> int:
         """Largest resident size of this process so far, bytes."""
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident()

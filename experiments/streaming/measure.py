@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from compression.files import write_text
 from evaluators.texts import WINDOW, make_windows, read_documents
 from search.cache_files import bank_index, save_bank_index, save_text
 from search.commands import run_command
+from search.machine_memory import peak_resident
 from search.options import SHIPPED_TEXTS, Parser, at_least, weight_types
 from search.worker import Setup, Worker
 from spaces.budget import format_size
@@ -30,18 +30,14 @@ from spaces.candidate import Candidate, MoeLayer
 from spaces.space import Space, pick
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _calibrate(setup: Setup) -> int:
     Worker(setup).calibrate()
-    return _peak()
+    return peak_resident()
 
 
 def _quantize(setup: Setup, tensors: list[str]) -> tuple[list[tuple[str, str, str, float]], int]:
     worker = Worker(setup)
-    return [row for name in tensors for row in worker.quantize(name, setup.types)], _peak()
+    return [row for name in tensors for row in worker.quantize(name, setup.types)], peak_resident()
 
 
 def _export(setup: Setup, path: str) -> tuple[int, int, int]:
@@ -65,7 +61,7 @@ def _export(setup: Setup, path: str) -> tuple[int, int, int]:
     from compression.stored_model import StoredModel
 
     size = export_gguf(StoredModel(worker.checkpoint, inventory, worker.bank), candidate, Path(path))
-    return size, inventory.file_bytes(candidate.plan), _peak()
+    return size, inventory.file_bytes(candidate.plan), peak_resident()
 
 
 def _apart(job: Callable[..., Any], *args: Any) -> Any:

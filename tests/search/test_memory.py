@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from search import machine_memory, memory
-from search.machine_memory import free_memory
+from search.machine_memory import free_memory, peak_resident
 from search.memory import make_plan, run_bytes, streams, worker_bytes
 from search.options import parse
 from tests.compression.support import refused
@@ -144,3 +146,12 @@ def test_the_limit_of_an_older_container_counts(tmp_path: Path) -> None:
 
 def test_no_limit_where_nothing_says_so(tmp_path: Path) -> None:
     assert machine_memory._of_groups(tmp_path, tmp_path / "none") == []
+
+
+def test_the_peak_is_not_that_of_whoever_started_a_process() -> None:
+    held = bytearray(400 * 2**20)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    assert peak_resident() > len(held)
+    code = "from search.machine_memory import peak_resident; print(peak_resident())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**20 < int(child.stdout) < 200 * 2**20
