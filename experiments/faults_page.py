@@ -63,9 +63,14 @@ def _why(record: Mapping[str, Any]) -> str:
     return f" ({record['said'][:80]})" if record["outcome"] == "skipped" and "said" in record else ""
 
 
+def _series(value: Any) -> str:
+    """Of one figure for every 250 trials, the first and the last."""
+    return f"{value[0]} at the beginning, {value[-1]} at the end" if isinstance(value, list) else str(value)
+
+
 def _soak(results: Mapping[str, Any]) -> str:
     rows = [
-        f"- {key.replace('_', ' ')}: {value}"
+        f"- {key.replace('_', ' ')}: {_series(value)}"
         for _, soak in _measured(results, "soak")
         for key, value in soak.items()
     ]
