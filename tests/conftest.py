@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 
 REFERENCE = Path(__file__).parents[1] / "experiments" / "reference_model"
 WINDOW = 64
-LONG = ("test_killed.py", "finished")
-"""Groups that begin first where tests run side by side, as they take minutes."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, all of a file run in one process, and all that need the finished run."""
-
-    def group(item: pytest.Item) -> str:
-        return "finished" if "finished" in getattr(item, "fixturenames", ()) else item.path.name
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) not in LONG)
 
 
 @pytest.fixture(scope="session")
