@@ -130,30 +130,3 @@ def test_a_part_of_a_file_is_read_as_far_as_there_is_one(
     assert part.dtype == np.uint8
     assert part.tolist() == [*range(10)][offset : offset + size]
     assert len(part) == found
-
-
-def test_a_part_that_comes_in_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_bytes(bytes(range(10)))
-    opened = Path.open
-
-    class Slow:
-        """Gives three bytes at a time."""
-
-        def __init__(self, path: Path) -> None:
-            self.stream = opened(path, "rb", buffering=0)
-
-        def __enter__(self) -> Slow:
-            return self
-
-        def __exit__(self, *args: object) -> None:
-            self.stream.close()
-
-        def seek(self, offset: int) -> None:
-            self.stream.seek(offset)
-
-        def readinto(self, buffer: memoryview) -> int:
-            return self.stream.readinto(buffer[:3])  # type: ignore[attr-defined, no-any-return]
-
-    monkeypatch.setattr(Path, "open", lambda path, *args, **options: Slow(path))
-    assert read_part(tmp_path / "a", 1, 8).tolist() == [*range(1, 9)]
-    assert read_part(tmp_path / "a", 5, 8).tolist() == [*range(5, 10)]
