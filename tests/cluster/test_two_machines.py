@@ -36,7 +36,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 def copies(machines: Machines) -> list[Path]:
     """The second machine's copies of studies, seen through one of its processes."""
     for pid in machines.pids(1):
-        found = Path(f"/proc/{pid}/root/dev/shm/moefit-0")
+        found = Path("/proc", str(pid), "root", "dev", "shm", "moefit-0")
         if found.is_dir():
             return [p for p in found.iterdir() if p.is_dir()]
     return []
