@@ -107,12 +107,12 @@ def remove_parts(folder: Path, of: str | None = None) -> None:
 
 @contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Lets errors of a full or failing disk name what was to be written.
+    """Lets errors of a full or failing disk name what was to be written or read.
 
     Writes to an open file do not say which; numpy's not even why.
 
     Args:
-        path: What the block writes.
+        path: What the block writes or reads.
         temporary: The name it has until it is finished.
     """
     try:

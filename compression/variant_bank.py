@@ -1,9 +1,9 @@
 """Every tensor in every GGUF type, quantized once.
 
 A variant is a file `<key>.q`: a header with the SHA-256 of the blocks and a
-checksum of its own, then the blocks. The key is a hash of all that decides them (checkpoint, tensor, type,
-imatrix, quantizer version, error feedback), so a variant is never stale, and a
-search that was killed finds what it had finished.
+checksum of its own, then the blocks. The key is a hash of all that decides them
+(checkpoint, tensor, type, imatrix, quantizer version, error feedback), so a
+variant is never stale, and a search that was killed finds what it had finished.
 """
 
 from __future__ import annotations

@@ -101,6 +101,7 @@ class Population:
                 found = base.compare(self.model.logits(normed[state][part]))
                 for i in groups[state, leave]:
                     out[i].append(found)
+            trim()
         self.work.head_tokens += len(groups) * windows.numel()
         return out
 
